@@ -1,0 +1,7 @@
+"""Perceiver AR, the long-context causal language model, in JAX and Flax."""
+
+from perceiver_ar_jax._version import __version__
+from perceiver_ar_jax.config import PerceiverARConfig
+from perceiver_ar_jax.model import PerceiverAR
+
+__all__ = ["PerceiverAR", "PerceiverARConfig", "__version__"]

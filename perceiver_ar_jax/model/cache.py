@@ -1,0 +1,91 @@
+"""The state of decoding: keys and values of what was read, and which of it is still visible."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from perceiver_ar_jax.config import PerceiverARConfig
+
+
+class KeysValues(NamedTuple):
+    """Keys and values of one attention layer, (B, K, N, H) each; keys are rotated."""
+
+    k: jax.Array
+    v: jax.Array
+
+    def write(self, new: "KeysValues", slot: jax.Array) -> "KeysValues":
+        """Puts the keys and values of one token into `slot`, a scalar."""
+        update = jax.lax.dynamic_update_slice_in_dim
+        return KeysValues(*(update(old, x, slot, axis=1) for old, x in zip(self, new, strict=True)))
+
+    def padded_to(self, capacity: int) -> "KeysValues":
+        """The same with empty slots behind, `capacity` in all."""
+        empty = ((0, 0), (0, capacity - self.k.shape[1]), (0, 0), (0, 0))
+        return KeysValues(jnp.pad(self.k, empty), jnp.pad(self.v, empty))
+
+
+@struct.dataclass
+class Cache:
+    """What `PerceiverAR.decode_step` reads and returns.
+
+    A column is a place in the left-padded batch of prompts, or of a token generated since. Column
+    c lives in slot c modulo the capacity, so that a full cache slides: the newest column takes
+    the place of the oldest. Keys are rotated at their column, which never changes: attention sees
+    differences of positions only, so this equals the reference's renumbering at every step.
+    """
+
+    cross: KeysValues  # (B, C, N, H): prefix and latents
+    layers: tuple[KeysValues, ...]  # (B, A, N, H) a self-attention layer: latents only
+    pads_B: jax.Array  # padded columns of each row
+    first_latent: jax.Array  # the first column that is a latent
+    length: jax.Array  # columns so far
+
+    @classmethod
+    def init(
+        cls,
+        cross: KeysValues,
+        layers: tuple[KeysValues, ...],
+        *,
+        pads_B: jax.Array,
+        max_new_tokens: int,
+        config: PerceiverARConfig,
+    ) -> "Cache":
+        """Holds a prompt, with room for `max_new_tokens` or for the model's maximum."""
+        columns = cross.k.shape[1]
+        latents = layers[0].k.shape[1] if layers else 0
+        return cls(
+            cross=cross.padded_to(min(columns + max_new_tokens, config.max_seq_len)),
+            layers=tuple(
+                kv.padded_to(min(latents + max_new_tokens, config.max_latents)) for kv in layers
+            ),
+            pads_B=pads_B,
+            first_latent=jnp.int32(columns - latents),
+            length=jnp.int32(columns),
+        )
+
+    def take(self, rows_B: jax.Array) -> "Cache":
+        """The cache of some rows, in that order, possibly several times (beams, candidates)."""
+        per_row = (self.cross, self.layers, self.pads_B)
+        cross, layers, pads_B = jax.tree.map(lambda x: x[rows_B], per_row)
+        return self.replace(cross=cross, layers=layers, pads_B=pads_B)
+
+    def cross_slot_and_mask(self) -> tuple[jax.Array, jax.Array]:
+        """Where the next column goes in `cross`, and what it sees there, (B, 1, C)."""
+        capacity = self.cross.k.shape[1]
+        columns_C = _newest_columns(self.length, capacity)
+        return self.length % capacity, (columns_C >= self.pads_B[:, None])[:, None]
+
+    def layer_slot_and_mask(self) -> tuple[jax.Array, jax.Array]:
+        """Where the next latent goes in each of `layers`, and what it sees there, (B, 1, A)."""
+        capacity = self.layers[0].k.shape[1] if self.layers else 1
+        latent = self.length - self.first_latent
+        columns_A = self.first_latent + _newest_columns(latent, capacity)
+        first_B = jnp.maximum(self.pads_B, self.first_latent)
+        return latent % capacity, (columns_A >= first_B[:, None])[:, None]
+
+
+def _newest_columns(newest: jax.Array, capacity: int) -> jax.Array:
+    """The column each slot holds once `newest` is written; negative where none is yet, (K,)."""
+    return newest - (newest - jnp.arange(capacity)) % capacity

@@ -1,0 +1,254 @@
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from perceiver_ar_jax.config import PerceiverARConfig
+from perceiver_ar_jax.model import masks
+from perceiver_ar_jax.model.cache import Cache
+from perceiver_ar_jax.model.layers import (
+    CrossAttentionLayer,
+    Embedding,
+    SelfAttentionLayer,
+    layer_norm,
+)
+from perceiver_ar_jax.model.positions import Rotation, positions, rotation
+
+# What remat="names" keeps for the backward pass: results of projections, but no attention weights.
+KEPT_NAMES = ("qkv", "attention_out", "mlp_up")
+
+
+class PerceiverAR(nn.Module):
+    """Perceiver AR: the last n tokens of a sequence, as latents, read all m + n of them.
+
+    The first layer attends from the latents to prefix and latents, the others to the latents only;
+    both causally. `model.apply({"params": params}, tokens_BS, prefix_len=m)` gives the logits of
+    the latents. Training mode is `deterministic=False` with `rngs={"dropout": key}`.
+
+    Source: Hawthorne et al. 2022 (arXiv 2202.07765); `CausalSequenceModel` of perceiver-io 0.11,
+    whose results these are, but for padding that reaches the latents: it leaks there, not here.
+    """
+
+    config: PerceiverARConfig
+
+    def setup(self):
+        config = self.config
+        self.token_embedding = Embedding(config.vocab_size, config)
+        if config.abs_pos_emb:
+            self.position_embedding = Embedding(config.max_seq_len, config)
+        self.cross_attention = CrossAttentionLayer(config)
+        self.self_attention = [
+            SelfAttentionLayer(config) for _ in range(config.num_self_attention_layers)
+        ]
+        if config.output_norm:
+            self.out_norm = layer_norm(config)
+        if config.output_bias:
+            zeros = nn.initializers.zeros_init()
+            shape, dtype = (config.vocab_size,), jnp.dtype(config.param_dtype)
+            self.output_bias = self.param("output_bias", zeros, shape, dtype)
+
+    def __call__(
+        self,
+        tokens_BS: jax.Array,
+        prefix_len: int,
+        pad_mask: jax.Array | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """Logits of the latents, (B, L, V) float32 with L = S - prefix_len.
+
+        Args:
+          tokens_BS: token ids, (B, S) with S at most max_seq_len, padded on the left.
+          prefix_len: how many of the S positions are prefix, a Python int.
+          pad_mask: (B, S), True at pads; None where nothing is padded.
+          deterministic: False drops prefix positions, attention weights and branches as configured.
+
+        Raises:
+          ValueError: if a length is out of range, in the reference's words.
+        """
+        hidden_BLD = self.hidden(tokens_BS, prefix_len, pad_mask, deterministic=deterministic)
+        return self.logits(hidden_BLD)
+
+    def hidden(
+        self,
+        tokens_BS: jax.Array,
+        prefix_len: int,
+        pad_mask: jax.Array | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """What the head reads, (B, L, D); arguments as in `__call__`."""
+        x_BLD, _, *inner = self._read(tokens_BS, prefix_len, pad_mask, deterministic)
+        return self._normed(self._layers(x_BLD, *inner, deterministic))
+
+    def logits(self, hidden_BLD: jax.Array) -> jax.Array:
+        """The head, tied to the token embedding: (B, L, D) to (B, L, V) float32."""
+        embedding_VD = self.token_embedding.embedding.astype(hidden_BLD.dtype)
+        logits_BLV = jnp.einsum(
+            "BLD,VD->BLV", hidden_BLD, embedding_VD, preferred_element_type=jnp.float32
+        )
+        return logits_BLV + self.output_bias if self.config.output_bias else logits_BLV
+
+    def prefill(
+        self,
+        tokens_BS: jax.Array,
+        prefix_len: int,
+        pad_mask: jax.Array | None = None,
+        *,
+        max_new_tokens: int,
+    ) -> tuple[jax.Array, Cache]:
+        """Reads a prompt: hidden states (B, L, D), and the cache for `decode_step`."""
+        x_BLD, cross, rotation_1L, mask_BLL = self._read(tokens_BS, prefix_len, pad_mask)
+        layers = []
+        for index, layer in enumerate(self.self_attention):
+            x_BLD, kv = layer(x_BLD, self._rotation_of(index, rotation_1L), mask_BLL)
+            layers.append(kv)
+        cache = Cache.init(
+            cross,
+            tuple(layers),
+            pads_B=jnp.zeros(len(tokens_BS), jnp.int32) if pad_mask is None else pad_mask.sum(1),
+            max_new_tokens=max_new_tokens,
+            config=self.config,
+        )
+        return self._normed(x_BLD), cache
+
+    def decode_step(self, tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Reads one more token a row: its hidden state (B, D), and the cache with it inside.
+
+        A latent that has become prefix keeps the keys and values it was given as a latent.
+        Source: `generate(use_cache=True)` of perceiver-io 0.11.
+        """
+        position_B1 = (cache.length - cache.pads_B)[:, None]
+        x_B1D = self._embed(tokens_B[:, None], position_B1)
+        rotation_B1 = rotation(position_B1, self.config)
+        slot, mask_B1C = cache.cross_slot_and_mask()
+        x_B1D, cross = self.cross_attention(
+            x_B1D,
+            x_B1D[:, :0],
+            rotation_latents=rotation_B1,
+            rotation_keys=rotation_B1,
+            mask_BLK=mask_B1C,
+            cache=cache.cross,
+            slot=slot,
+        )
+        layers = []
+        slot, mask_B1A = cache.layer_slot_and_mask()
+        for index, (layer, kv) in enumerate(zip(self.self_attention, cache.layers, strict=True)):
+            rotation_1L = self._rotation_of(index, rotation_B1)
+            x_B1D, kv = layer(x_B1D, rotation_1L, mask_B1A, cache=kv, slot=slot)
+            layers.append(kv)
+        cache = cache.replace(cross=cross, layers=tuple(layers), length=cache.length + 1)
+        return self._normed(x_B1D)[:, 0], cache
+
+    def _read(self, tokens_BS, prefix_len, pad_mask_BS, deterministic=True):
+        """The hybrid layer: latents, keys and values; rotation and mask for the layers after it."""
+        config = self.config
+        _check_lengths(tokens_BS.shape[1], prefix_len, config)
+        positions_BS = positions(tokens_BS.shape[1], pad_mask_BS)
+        if not deterministic and prefix_len and config.cross_attention_dropout:
+            kept_BK = _kept_columns(self.make_rng("dropout"), tokens_BS.shape, prefix_len, config)
+            prefix_len -= tokens_BS.shape[1] - kept_BK.shape[1]
+            positions_BS = jnp.broadcast_to(positions_BS, tokens_BS.shape)
+            tokens_BS, positions_BS, pad_mask_BS = jax.tree.map(
+                lambda x_BS: jnp.take_along_axis(x_BS, kept_BK, axis=1),
+                (tokens_BS, positions_BS, pad_mask_BS),
+            )
+        x_BSD = self._embed(tokens_BS, positions_BS)
+        rotation_BS = rotation(positions_BS, config)
+        rotation_BL = Rotation(*(angles[:, prefix_len:] for angles in rotation_BS))
+
+        def hybrid(layer, latents_BLD, prefix_BPD, mask_BLK):
+            return layer(
+                latents_BLD,
+                prefix_BPD,
+                rotation_latents=rotation_BL,
+                rotation_keys=rotation_BS,
+                mask_BLK=mask_BLK,
+                deterministic=deterministic,
+            )
+
+        keys, latents = x_BSD.shape[1], x_BSD.shape[1] - prefix_len
+        mask_BLK = masks.causal(latents, keys, pad_mask_BS)
+        x_BLD, cross = _remat(nn.remat, hybrid, config)(
+            self.cross_attention, x_BSD[:, prefix_len:], x_BSD[:, :prefix_len], mask_BLK
+        )
+        return x_BLD, cross, rotation_BL, mask_BLK[:, :, prefix_len:]
+
+    def _layers(self, x_BLD, rotation_BL, mask_BLL, deterministic):
+        """The self-attention layers without their keys and values: remat, scan, dropout."""
+
+        def decoder(layer, x_BLD, rotation_BL):
+            return layer(x_BLD, rotation_BL, mask_BLL, deterministic=deterministic)[0]
+
+        split = self.config.num_rotary_layers
+        groups = (self.self_attention[:split], rotation_BL), (self.self_attention[split:], None)
+        for layers, rotation_of_group in groups:
+            if self.config.scan_layers and not self.is_initializing() and len(layers) > 1:
+                key = self.make_rng("dropout") if self.has_rng("dropout") else None
+                x_BLD = _scan(decoder, layers, x_BLD, rotation_of_group, key, self.config)
+                continue
+            for layer in layers:
+                x_BLD = _remat(nn.remat, decoder, self.config)(layer, x_BLD, rotation_of_group)
+        return x_BLD
+
+    def _rotation_of(self, index, rotation_BL):
+        return rotation_BL if index < self.config.num_rotary_layers else None
+
+    def _embed(self, tokens_BS, positions_BS):
+        x_BSD = self.token_embedding(tokens_BS)
+        if self.config.abs_pos_emb:
+            # While decoding, positions run on past the table; the reference stays at its end.
+            last = self.config.max_seq_len - 1
+            x_BSD += self.position_embedding(jnp.minimum(positions_BS, last))
+        return x_BSD
+
+    def _normed(self, x_BLD):
+        return self.out_norm(x_BLD) if self.config.output_norm else x_BLD
+
+
+def _check_lengths(length, prefix_len, config):
+    if not 0 < length <= config.max_seq_len:
+        raise ValueError(f"Input sequence length out of valid range [1..{config.max_seq_len}]")
+    if not 0 <= prefix_len < length:
+        raise ValueError(f"prefix_len ({prefix_len}) out of valid range [0..{length})")
+    if prefix_len > config.max_prefix_len:
+        raise ValueError(
+            f"prefix_len ({prefix_len}) exceeds max_prefix_len ({config.max_prefix_len})"
+        )
+
+
+def _kept_columns(key, shape_BS, prefix_len, config):
+    """Columns that prefix dropout leaves, in order, (B, K): some of the prefix, all latents.
+
+    Each row keeps exactly P - int(P * rate) prefix columns, drawn without replacement.
+    Source: paper, appendix E.2; `PerceiverAR.forward` of perceiver-io.
+    """
+    batch, length = shape_BS
+    num_kept = prefix_len - int(prefix_len * config.cross_attention_dropout)
+    order_BP = jnp.argsort(jax.random.uniform(key, (batch, prefix_len)), axis=1)
+    prefix_BK = jnp.sort(order_BP[:, :num_kept], axis=1)
+    latents_BL = jnp.broadcast_to(jnp.arange(prefix_len, length), (batch, length - prefix_len))
+    return jnp.concatenate([prefix_BK, latents_BL], axis=1)
+
+
+def _scan(decoder, layers, x_BLD, rotation_BL, key, config):
+    """Runs the layers as one scanned body over their parameters, stacked here."""
+    unbound = layers[0].clone(parent=None)
+    params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(x.variables for x in layers))
+
+    def body(x_BLD, layer_inputs):
+        variables, key = layer_inputs
+        rngs = {} if key is None else {"dropout": key}
+        run = nn.apply(lambda layer, x: decoder(layer, x, rotation_BL), unbound)
+        return run(variables, x_BLD, rngs=rngs), None
+
+    keys = None if key is None else jax.random.split(key, len(layers))
+    return jax.lax.scan(_remat(jax.checkpoint, body, config), x_BLD, (params, keys))[0]
+
+
+def _remat(transform, function, config):
+    if config.remat == "none":
+        return function
+    policy = None
+    if config.remat == "names":
+        policy = jax.checkpoint_policies.save_only_these_names(*KEPT_NAMES)
+    return transform(function, policy=policy, prevent_cse=not config.scan_layers)
