@@ -1,0 +1,200 @@
+"""PyTorch's files (.bin, .pt, .ckpt): the objects in them, tensors left in place.
+
+The zip format, which PyTorch has written since 1.6, is read without torch. The format before it
+is left to `torch.load(weights_only=True)`.
+"""
+
+import math
+import re
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from perceiver_ar_jax.conversion.pickles import read_pickle
+from perceiver_ar_jax.conversion.stored_tensor import DTYPES, StoredTensor
+
+ZIP_MAGIC = b"PK\x03\x04"
+OLD_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a pickle of PyTorch's magic number
+
+ATTRIBUTE_DICTS = (
+    "lightning_fabric.utilities.data.AttributeDict",
+    "lightning.fabric.utilities.data.AttributeDict",
+    "pytorch_lightning.utilities.parsing.AttributeDict",
+)
+
+STORAGE_DTYPES = {
+    "torch.DoubleStorage": "float64",
+    "torch.FloatStorage": "float32",
+    "torch.HalfStorage": "float16",
+    "torch.BFloat16Storage": "bfloat16",
+    "torch.LongStorage": "int64",
+    "torch.IntStorage": "int32",
+    "torch.ShortStorage": "int16",
+    "torch.CharStorage": "int8",
+    "torch.ByteStorage": "uint8",
+    "torch.BoolStorage": "bool",
+}
+
+
+class Record(NamedTuple):
+    """An uncompressed entry of a zip archive."""
+
+    offset: int
+    size: int
+    crc32: int
+
+
+class Storage(NamedTuple):
+    """PyTorch's name for the flat memory that tensors are views of."""
+
+    record: Record
+    dtype: np.dtype
+
+
+def read_torch_file(path: Path) -> Any:
+    """What `torch.save` was given: dicts, lists, numbers and `StoredTensor`s.
+
+    Objects of other classes come out as `pickles.Inert`; nothing in the file is executed.
+
+    Raises:
+      ValueError: a file that is damaged, refused or not PyTorch's, naming it.
+    """
+    with path.open("rb") as file:
+        start = file.read(len(OLD_MAGIC))
+    try:
+        if start == OLD_MAGIC:
+            return _read_old_format(path)
+        if not start.startswith(ZIP_MAGIC):
+            raise ValueError(f"no PyTorch file: it starts with {start!r}")
+        return _read_zip(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _read_zip(path: Path) -> Any:
+    records = _records(path)
+    pickles = [name for name in records if name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise ValueError("a zip archive, but not one of torch.save: no data.pkl in it")
+    root = pickles[0].removesuffix("data.pkl")
+    data = _read_record(path, records[pickles[0]])
+    if (
+        root + "byteorder" in records
+        and _read_record(path, records[root + "byteorder"]) != b"little"
+    ):
+        raise ValueError("it was written on a big-endian machine")
+    # torch.save can be told to leave checksums out; then they are wrong throughout.
+    has_checksums = zlib.crc32(data) == records[pickles[0]].crc32
+
+    def persistent_load(pid) -> Storage:
+        kind, storage_type, key, *_ = pid
+        if kind != "storage" or type(key) is not str:
+            raise TypeError("no storage")
+        return Storage(records[f"{root}data/{key}"], DTYPES[STORAGE_DTYPES[str(storage_type)]])
+
+    def rebuild_tensor(storage, start, shape, strides, *_) -> StoredTensor:
+        return _tensor(path, storage, start, shape, strides, has_checksums)
+
+    constructors = {
+        "torch._utils._rebuild_tensor": rebuild_tensor,
+        "torch._utils._rebuild_tensor_v2": rebuild_tensor,
+        "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+        "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
+        **dict.fromkeys(("collections.OrderedDict", *ATTRIBUTE_DICTS), lambda: {}),
+    }
+    return read_pickle(data, constructors=constructors, persistent_load=persistent_load)
+
+
+def _records(path: Path) -> dict[str, Record]:
+    """The archive's entries by name, each checked to lie within the file."""
+    file_size = path.stat().st_size
+    records = {}
+    try:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            for entry in archive.infolist():
+                if entry.compress_type != zipfile.ZIP_STORED:
+                    raise ValueError("its entries are compressed, which torch.save never does")
+                file.seek(entry.header_offset)
+                name_size, extra_size = struct.unpack("<26x2H", file.read(30))
+                offset = entry.header_offset + 30 + name_size + extra_size
+                if offset + entry.file_size > file_size:
+                    raise ValueError("an entry lies beyond the end of the file")
+                records[entry.filename] = Record(offset, entry.file_size, entry.CRC)
+    except (zipfile.BadZipFile, struct.error, NotImplementedError, OverflowError) as error:
+        raise ValueError(f"the zip archive is cut off or damaged ({error})") from None
+    return records
+
+
+def _read_record(path: Path, record: Record) -> bytes:
+    with path.open("rb") as file:
+        file.seek(record.offset)
+        return file.read(record.size)
+
+
+def _tensor(path, storage, start, shape, strides, has_checksums) -> StoredTensor:
+    numbers = (start, *shape, *strides)
+    if not isinstance(storage, Storage) or len(shape) != len(strides) or len(shape) > 32:
+        raise TypeError("no tensor")
+    if not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
+        raise TypeError("no tensor")
+    itemsize = storage.dtype.itemsize
+    elements = storage.record.size // itemsize
+    end = start + 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+    if math.prod(shape) > elements or (math.prod(shape) and end > elements):
+        raise ValueError(
+            f"a tensor of shape {shape} needs more than its {elements} stored elements"
+        )
+    whole = math.prod(shape) * itemsize == storage.record.size
+    return StoredTensor(
+        path=path,
+        offset=storage.record.offset + start * itemsize,
+        dtype=storage.dtype,
+        shape=tuple(shape),
+        strides=None if _is_contiguous(shape, strides) else tuple(strides),
+        crc32=storage.record.crc32 if whole and has_checksums else None,
+    )
+
+
+def _is_contiguous(shape, strides) -> bool:
+    step = 1
+    for n, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if n != 1 and stride != step:
+            return False
+        step *= n
+    return True
+
+
+def _read_old_format(path: Path) -> Any:
+    try:
+        import torch
+    except ImportError:
+        raise ValueError(
+            "it has the format from before PyTorch 1.6, which needs torch: install the [torch] "
+            "extra, pip install 'perceiver-ar-jax[torch]'"
+        ) from None
+    try:
+        with torch.serialization.safe_globals([(dict, name) for name in ATTRIBUTE_DICTS]):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes torch.load raise nearly anything
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        if named:
+            raise ValueError(f"refused: its pickle names {named[1]}") from None
+        raise ValueError(f"damaged: torch.load says {str(error)[:100]!r}") from None
+    return _with_arrays(loaded, depth=2)
+
+
+def _with_arrays(value: Any, depth: int) -> Any:
+    """Turns torch's tensors into arrays in a state dict, or in a dict that holds one."""
+    import torch
+
+    if isinstance(value, dict) and depth:
+        return {name: _with_arrays(item, depth - 1) for name, item in value.items()}
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.dtype == torch.bfloat16:
+        return value.contiguous().view(torch.int16).numpy().view(DTYPES["bfloat16"])
+    return value.numpy()

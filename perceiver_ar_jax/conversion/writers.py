@@ -1,0 +1,85 @@
+"""Writes a model as perceiver-io's `from_pretrained` reads it."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from perceiver_ar_jax.config import PerceiverARConfig
+from perceiver_ar_jax.conversion import rules
+from perceiver_ar_jax.conversion.readers import MODEL_TYPE, read_json
+from perceiver_ar_jax.conversion.reference_config import config_to_reference
+from perceiver_ar_jax.conversion.safetensors_files import write_safetensors
+
+PREFIX = "backend_model."
+
+
+def write_reference(
+    folder: str | Path,
+    params: Mapping[str, Any],
+    config: PerceiverARConfig,
+    *,
+    tokenizer_files: Iterable[Path] = (),
+    overwrite: bool = False,
+) -> None:
+    """Writes config.json, model.safetensors and the tokenizer's files; whole or not at all.
+
+    The tensors keep the dtype of the parameters.
+
+    Raises:
+      ValueError: the folder has something in it and `overwrite` is false, or the parameters
+        are not those of the config.
+    """
+    specs = rules.torch_specs(params, config)
+    with new_folder(folder, overwrite=overwrite) as partial:
+        for file in tokenizer_files:
+            shutil.copyfile(file, partial / Path(file).name)
+        write_safetensors(
+            partial / "model.safetensors",
+            {PREFIX + name: spec for name, spec in specs.items()},
+            ((PREFIX + name, x) for name, x in rules.iterate_torch(params, config)),
+        )
+        (partial / "config.json").write_text(json.dumps(_hub_config(partial, config), indent=2))
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to write into that gets its name only when the block ends without an error.
+
+    Raises:
+      ValueError: something is there already and `overwrite` is false.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file")
+    if not overwrite and folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty; overwrite replaces it")
+    folder = folder.absolute()
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    replaced = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if folder.exists():
+            folder.rename(replaced)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _hub_config(folder: Path, config: PerceiverARConfig) -> dict[str, Any]:
+    result = {
+        "architectures": ["PerceiverCausalLanguageModel"],
+        "is_decoder": True,
+        "model_config": config_to_reference(config),
+        "model_type": MODEL_TYPE,
+        "torch_dtype": config.param_dtype,
+    }
+    tokenizer = folder / "tokenizer_config.json"
+    if tokenizer.is_file():
+        result["tokenizer_class"] = read_json(tokenizer).get("tokenizer_class")
+    return result
