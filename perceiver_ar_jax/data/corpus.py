@@ -1,0 +1,210 @@
+"""An English corpus from what every machine with this package has: Python's documentation.
+
+The topics of `pydoc`, docstrings, other long strings and READMEs of the standard library and of
+our runtime dependencies; parsed, never imported. The same installed versions give the same
+corpus; it is meant for the quickstart and for tests, not for quoted results.
+"""
+
+import argparse
+import ast
+import hashlib
+import importlib.metadata
+import inspect
+import re
+import sysconfig
+import textwrap
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from perceiver_ar_jax.data.tfds_writer import Document, prepared_directory, write_dataset
+
+NAME, CONFIG, VERSION = "python_docs", "en", "1.0.0"
+# fmt: off
+DISTRIBUTIONS = (
+    "absl-py", "etils", "flax", "grain", "jax", "ml_collections", "numpy", "optax",
+    "orbax-checkpoint", "rich", "safetensors", "scipy", "sentencepiece", "tensorboardX",
+    "tensorflow-datasets",
+)
+# fmt: on
+VALIDATION_SHARE = 0.03
+
+_MIN_STRING_CHARS = 80
+_MIN_DOCUMENT_CHARS = 200
+_MAX_DOCUMENT_CHARS = 20_000
+_SHINGLE_WORDS = 8
+_STARTS_AN_ITEM = re.compile(r"\s*([-*+•]|\d+[.)]|\*{0,2}\w+:)\s")
+_COMMON_WORDS = frozenset(
+    re.findall(
+        r"\w+",
+        "a an and are as at be by can for from has have if in is it its may not of on or that the "
+        "then there these they this to used using was when which will with you",
+    )
+)
+
+
+def prepare_corpus(data_dir: str | Path) -> Path:
+    """Makes the corpus below `data_dir`, unless it is there already.
+
+    Returns:
+      The prepared TFDS directory (C4's features, ArrayRecord, splits train and validation),
+      which `tfds.builder_from_directory` reads.
+    """
+    directory = prepared_directory(data_dir, NAME, CONFIG, VERSION)
+    if not (directory / "dataset_info.json").is_file():
+        write_dataset(
+            split_documents(collect_documents(documentation())),
+            name=NAME,
+            config=CONFIG,
+            version=VERSION,
+            data_dir=data_dir,
+            num_shards=2,
+        )
+    return directory
+
+
+def collect_documents(strings_by_name: Iterable[tuple[str, list[str]]]) -> list[Document]:
+    """Documents of the prose among the strings, no paragraph like one seen before."""
+    seen: set[bytes] = set()
+    documents = []
+    for name, strings in strings_by_name:
+        paragraphs = [
+            paragraph
+            for string in strings
+            for paragraph in paragraphs_of(string)
+            if is_prose(paragraph) and _is_new(paragraph, seen)
+        ]
+        for part, text in enumerate(_joined(paragraphs)):
+            documents.append(Document(text=text, url=f"pydoc:{name}#{part}"))
+    return documents
+
+
+def split_documents(documents: list[Document]) -> dict[str, list[Document]]:
+    """Takes validation documents in the order of a hash of their files' names, up to 3 %."""
+    by_file: dict[str, list[Document]] = {}
+    for document in documents:
+        by_file.setdefault(document.url.split("#")[0], []).append(document)
+    wanted = VALIDATION_SHARE * sum(len(document.text) for document in documents)
+    held_out: set[str] = set()
+    for file in sorted(by_file, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        size = sum(len(document.text) for document in by_file[file])
+        if size <= wanted:
+            held_out.add(file)
+            wanted -= size
+    splits = {"train": [], "validation": []}
+    for document in documents:
+        is_held_out = document.url.split("#")[0] in held_out
+        splits["validation" if is_held_out else "train"].append(document)
+    return splits
+
+
+def paragraphs_of(string: str) -> Iterator[str]:
+    """Dedented paragraphs with reStructuredText's roles and wrapped lines undone."""
+    string = re.sub(r":[\w:]+:`~?([^`]*)`", r"`\1`", inspect.cleandoc(string)).replace("``", "`")
+    for block in re.split(r"\n\s*\n", string):
+        lines, last = [], ""
+        for line in block.splitlines():
+            if len(last) >= 60 and not _STARTS_AN_ITEM.match(line):
+                lines[-1] += " " + line.strip()
+            else:
+                lines.append(line.rstrip())
+            last = line
+        yield textwrap.dedent("\n".join(lines)).strip()
+
+
+def is_prose(paragraph: str) -> bool:
+    """Whether a paragraph reads as English: enough words, letters and function words."""
+    words = re.findall(r"[A-Za-z']+", paragraph)
+    if len(words) < 8 or ">>>" in paragraph or "http" in paragraph[:10]:
+        return False
+    plain = sum(char.isalpha() or char == " " for char in paragraph)
+    common = sum(word.lower() in _COMMON_WORDS for word in words)
+    return plain >= 0.82 * len(paragraph) and common >= 0.2 * len(words)
+
+
+def _is_new(paragraph: str, seen: set[bytes]) -> bool:
+    """Whether at most a third of the runs of eight words were seen before; remembers them."""
+    words = re.findall(r"[a-z]+", paragraph.lower())
+    runs = range(max(1, len(words) - _SHINGLE_WORDS + 1))
+    shingles = {" ".join(words[i : i + _SHINGLE_WORDS]).encode() for i in runs}
+    digests = {hashlib.blake2b(shingle, digest_size=8).digest() for shingle in shingles}
+    is_new = 3 * len(digests & seen) <= len(digests)
+    if is_new:
+        seen |= digests
+    return is_new
+
+
+def _joined(paragraphs: list[str]) -> Iterator[str]:
+    """Documents of some pages each, long enough to be one."""
+    text = ""
+    for paragraph in paragraphs:
+        if text and len(text) + len(paragraph) > _MAX_DOCUMENT_CHARS:
+            yield text
+            text = ""
+        text += ("\n\n" if text else "") + paragraph
+    if len(text) >= _MIN_DOCUMENT_CHARS:
+        yield text
+
+
+def documentation() -> Iterator[tuple[str, list[str]]]:
+    """(name, strings in the order of the source) of each file, topic and README."""
+    standard_library = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(standard_library.rglob("*.py")):
+        name = path.relative_to(standard_library)
+        if not {"site-packages", "dist-packages", "lib2to3"} & set(name.parts):
+            yield from _of_source(name, path)
+    for distribution in DISTRIBUTIONS:
+        try:
+            readme = importlib.metadata.metadata(distribution).get_payload()
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        yield f"{distribution}/README", [readme or ""]
+        for name in sorted(importlib.metadata.files(distribution) or ()):
+            path = Path(name.locate())
+            if name.suffix == ".py":
+                yield from _of_source(Path(*name.parts), path)
+            elif name.name.lower() in ("readme.md", "readme.rst") and path.is_file():
+                yield str(name), [path.read_text(encoding="utf-8", errors="replace")]
+
+
+def _of_source(name: Path, path: Path) -> Iterator[tuple[str, list[str]]]:
+    is_test = name.stem.startswith("test_") or name.stem.endswith("_test")
+    if is_test or any(part.endswith(("test", "tests")) for part in name.parts[:-1]):
+        return
+    try:
+        strings = list(long_strings(path.read_text(encoding="utf-8")))
+    except (OSError, SyntaxError, ValueError):  # another encoding, a template, a file removed
+        return
+    if name.as_posix() == "pydoc_data/topics.py":
+        yield from ((f"{name}/{i}", [topic]) for i, topic in enumerate(strings))
+    elif strings:
+        yield name.as_posix(), strings
+
+
+def long_strings(source: str) -> Iterator[str]:
+    """The string constants of 80 characters and more, docstrings and arguments alike."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes in other people's code
+        nodes = list(ast.walk(ast.parse(source)))
+    pieces = {
+        id(piece) for node in nodes if isinstance(node, ast.JoinedStr) for piece in node.values
+    }
+    found = [
+        node
+        for node in nodes
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in pieces
+    ]
+    for node in sorted(found, key=lambda node: (node.lineno, node.col_offset)):
+        if len(node.value) >= _MIN_STRING_CHARS:
+            yield node.value
+
+
+def main() -> None:
+    """Prints where the prepared corpus is."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data_dir", required=True, help="folder that receives the corpus")
+    print(prepare_corpus(parser.parse_args().data_dir))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+import json
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from perceiver_ar_jax.data import corpus
+from perceiver_ar_jax.data.tfds_writer import Document, write_dataset
+
+PROSE = (
+    "This is the first paragraph of a text that is long enough to be kept, and it reads as "
+    "English because it has the little words that English has in it, which is what the filter "
+    "asks for, and nothing else that would make it look like code or like a table of figures."
+)
+
+
+def strings_of(package: str) -> list[tuple[str, list[str]]]:
+    folder = Path(sysconfig.get_paths()["stdlib"]) / package
+    return [
+        (path.name, list(corpus.long_strings(path.read_text())))
+        for path in sorted(folder.glob("*.py"))
+    ]
+
+
+def test_docstrings_and_long_arguments_are_found_but_no_parts_of_f_strings():
+    long = "word " * 20
+    source = f'"""{long}1"""\nprint("{long}2", f"{long}3{{x}}")\nhelp(text="{long}4", y="short")\n'
+    assert list(corpus.long_strings(source)) == [long + "1", long + "2", long + "4"]
+
+
+def test_wrapped_lines_are_joined_and_list_items_are_not():
+    line = "a line that is so long that whoever wrote it had to break it here,"
+    text = f"{line}\nand it goes on :class:`~a.B`.\n\n    x: {line}\n      so far\n    - ``item``\n"
+    assert list(corpus.paragraphs_of(text)) == [
+        f"{line} and it goes on `a.B`.",
+        f"x: {line} so far\n- `item`",
+    ]
+
+
+@pytest.mark.parametrize(
+    "paragraph", [">>> " + PROSE, "x = foo(bar, baz)[0] # " * 5, "one two three", "| a | 12 | " * 9]
+)
+def test_code_and_tables_are_no_prose(paragraph):
+    assert corpus.is_prose(PROSE)
+    assert not corpus.is_prose(paragraph)
+
+
+def test_a_paragraph_that_differs_in_two_words_is_kept_once():
+    again = PROSE.replace("first", "second").replace("little", "small")
+    other = "Another thing that is said here, so that the document is not empty when it is cut. "
+    documents = corpus.collect_documents([("a", [PROSE]), ("b", [again, PROSE, other * 3])])
+    assert [document.text for document in documents] == [PROSE, (other * 3).strip()]
+
+
+def test_validation_takes_whole_files_and_about_three_percent():
+    documents = corpus.collect_documents(strings_of("asyncio") + strings_of("email"))
+    splits = corpus.split_documents(documents * 2)
+    files = {name: {d.url.split("#")[0] for d in split} for name, split in splits.items()}
+    assert not files["train"] & files["validation"]
+    share = sum(len(d.text) for d in splits["validation"]) / sum(len(d.text) for d in documents * 2)
+    assert 0.015 < share <= 0.03
+
+
+def test_the_corpus_is_deterministic_and_prepared_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(corpus, "documentation", lambda: strings_of("asyncio"))
+    first, second = (corpus.prepare_corpus(tmp_path / name) for name in "ab")
+    files = sorted(path.name for path in first.iterdir())
+    assert files == sorted(path.name for path in second.iterdir())
+    for name in files:
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+    monkeypatch.delattr(corpus, "documentation")
+    assert corpus.prepare_corpus(tmp_path / "a") == first
+
+
+def test_tfds_reads_what_was_written_with_c4s_features(tmp_path):
+    import tensorflow_datasets as tfds
+
+    splits = {
+        "train": [Document(f"Text {i} ü", url=f"u{i}") for i in range(20)],
+        "validation": [Document("one")],
+    }
+    where = write_dataset(
+        splits, name="c4", config="en", version="3.0.1", data_dir=tmp_path, num_shards=4
+    )
+    assert where == tmp_path / "c4" / "en" / "3.0.1"
+    builder = tfds.builder_from_directory(where)
+    assert builder.info.splits["train"].num_examples == 20
+    examples = list(builder.as_data_source("train"))
+    assert {example["text"].decode() for example in examples} == {d.text for d in splits["train"]}
+    assert set(json.loads(json.dumps(list(examples[0])))) == {
+        "text",
+        "url",
+        "timestamp",
+        "content-type",
+        "content-length",
+    }
