@@ -9,6 +9,7 @@ dicts keep str keys only and sets become lists, for hashing chosen keys can take
 import dataclasses
 import io
 import pickletools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -76,8 +77,10 @@ def read_pickle(
         raise ValueError(f"its pickle has {len(data)} bytes; a checkpoint needs far fewer")
     machine = _Machine(constructors, persistent_load)
     try:
-        for opcode, arg, _ in pickletools.genops(io.BytesIO(data)):
-            machine.step(opcode.name, arg)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd escapes in strings
+            for opcode, arg, _ in pickletools.genops(io.BytesIO(data)):
+                machine.step(opcode.name, arg)
         return machine.stack.pop()
     except (AssertionError, IndexError, KeyError, OverflowError, TypeError) as error:
         raise ValueError(f"its pickle is damaged ({type(error).__name__})") from None

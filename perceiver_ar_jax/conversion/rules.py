@@ -117,6 +117,11 @@ def rules(config: PerceiverARConfig) -> list[Rule]:
     return result
 
 
+def torch_shape(rule: Rule, config: PerceiverARConfig) -> tuple[int, ...]:
+    """Shape of a parameter in perceiver-io."""
+    return _shape(rule.torch_shape, config)
+
+
 def to_flax(tensors: Mapping[str, Any], config: PerceiverARConfig) -> dict[str, Any]:
     """Our parameters, nested dicts of `config.param_dtype`, from perceiver-io's tensors.
 
@@ -170,7 +175,7 @@ def torch_specs(
     leaves = checked_leaves(params, config)
     frequencies = _frequencies_to_store(config)
     return {FREQUENCIES: (frequencies.dtype, frequencies.shape)} | {
-        rule.torch: (np.dtype(leaves[rule.flax].dtype), _shape(rule.torch_shape, config))
+        rule.torch: (np.dtype(leaves[rule.flax].dtype), torch_shape(rule, config))
         for rule in rules(config)
     }
 
