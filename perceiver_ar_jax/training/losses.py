@@ -1,0 +1,97 @@
+import jax
+import jax.numpy as jnp
+
+MAX_LOGITS_PER_ROW = 2**21  # latents × vocabulary alive at a time, for one row of the batch
+
+
+def cross_entropy(
+    hidden_BLD: jax.Array,
+    embedding_VD: jax.Array,
+    bias_V: jax.Array | None,
+    targets_BL: jax.Array,
+    weights_BL: jax.Array,
+) -> jax.Array:
+    """Weighted sum of -log p(target), in nats; a float32 scalar.
+
+    Head and loss in one, over chunks of latents: the logits of one chunk exist at a time, never
+    (B, L, V). The gradients are taken in the same pass, so no logits are computed twice.
+
+    Args:
+      hidden_BLD: what the head reads.
+      embedding_VD: the token embedding, to which the head is tied.
+      bias_V: the head's bias, or None.
+      targets_BL: token ids.
+      weights_BL: what each position counts, 0 at padding; float32.
+    """
+    bias_V = jnp.zeros(embedding_VD.shape[0], jnp.float32) if bias_V is None else bias_V
+    return _cross_entropy(hidden_BLD, embedding_VD, bias_V, targets_BL, weights_BL)
+
+
+@jax.custom_vjp
+def _cross_entropy(hidden_BLD, embedding_VD, bias_V, targets_BL, weights_BL):
+    embedding_VD = embedding_VD.astype(hidden_BLD.dtype)
+
+    def chunk_loss(total, chunk):
+        hidden_BCD, targets_BC, weights_BC = chunk
+        logits_BCV = _logits(hidden_BCD, embedding_VD, bias_V)
+        loss_BC = jax.nn.logsumexp(logits_BCV, axis=-1) - _at(logits_BCV, targets_BC)
+        return total + (loss_BC * weights_BC).sum(), None
+
+    chunks = _chunks(embedding_VD.shape[0], hidden_BLD, targets_BL, weights_BL)
+    return jax.lax.scan(chunk_loss, jnp.float32(0), chunks)[0]
+
+
+def _forward(hidden_BLD, embedding_VD, bias_V, targets_BL, weights_BL):
+    dtype = hidden_BLD.dtype
+    embedding = embedding_VD.astype(dtype)
+
+    def chunk_loss(sums, chunk):
+        total, dembedding_VD, dbias_V = sums
+        hidden_BCD, targets_BC, weights_BC = chunk
+        logits_BCV = _logits(hidden_BCD, embedding, bias_V)
+        log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+        loss_BC = log_z_BC - _at(logits_BCV, targets_BC)
+        classes_V = jnp.arange(logits_BCV.shape[-1])
+        one_hot_BCV = targets_BC[..., None] == classes_V
+        dlogits_BCV = jnp.exp(logits_BCV - log_z_BC[..., None]) - one_hot_BCV
+        dlogits_BCV *= weights_BC[..., None]
+        dbias_V += dlogits_BCV.sum((0, 1))
+        dlogits_BCV = dlogits_BCV.astype(dtype)
+        dhidden_BCD = dlogits_BCV @ embedding
+        dembedding_VD += jnp.einsum(
+            "BCV,BCD->VD", dlogits_BCV, hidden_BCD, preferred_element_type=jnp.float32
+        )
+        return (total + (loss_BC * weights_BC).sum(), dembedding_VD, dbias_V), dhidden_BCD
+
+    zeros = jnp.float32(0), jnp.zeros(embedding.shape, jnp.float32), jnp.zeros(bias_V.shape)
+    chunks = _chunks(embedding.shape[0], hidden_BLD, targets_BL, weights_BL)
+    (total, dembedding_VD, dbias_V), dhidden = jax.lax.scan(chunk_loss, zeros, chunks)
+    dhidden_BLD = jnp.swapaxes(dhidden, 0, 1).reshape(hidden_BLD.shape)
+    return total, (dhidden_BLD, dembedding_VD.astype(embedding_VD.dtype), dbias_V)
+
+
+def _backward(gradients, dtotal):
+    return *((dtotal * x).astype(x.dtype) for x in gradients), None, None
+
+
+_cross_entropy.defvjp(_forward, _backward)
+
+
+def _logits(hidden_BCD, embedding_VD, bias_V):
+    logits_BCV = jnp.einsum(
+        "BCD,VD->BCV", hidden_BCD, embedding_VD, preferred_element_type=jnp.float32
+    )
+    return logits_BCV + bias_V
+
+
+def _at(logits_BCV, targets_BC):
+    return jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+
+
+def _chunks(vocab_size, *arrays):
+    """Cuts (B, L, …) into (L / C, B, C, …), along latents: a sharded batch stays sharded."""
+    batch, length = arrays[0].shape[:2]
+    fitting = (c for c in range(length, 0, -1) if length % c == 0)
+    size = next((c for c in fitting if c * vocab_size <= MAX_LOGITS_PER_ROW), 1)
+    cut = lambda x: jnp.swapaxes(x.reshape(batch, length // size, size, *x.shape[2:]), 0, 1)
+    return jax.tree.map(cut, arrays)
