@@ -1,4 +1,4 @@
 from perceiver_ar_jax.model.cache import Cache
-from perceiver_ar_jax.model.perceiver_ar import PerceiverAR
+from perceiver_ar_jax.model.perceiver_ar import PerceiverAR, init_params
 
-__all__ = ["Cache", "PerceiverAR"]
+__all__ = ["Cache", "PerceiverAR", "init_params"]

@@ -205,6 +205,11 @@ class PerceiverAR(nn.Module):
         return self.out_norm(x_BLD) if self.config.output_norm else x_BLD
 
 
+def init_params(model: PerceiverAR, key: jax.Array) -> dict:
+    """Fresh parameters; under `jax.eval_shape`, their shapes alone."""
+    return model.init(key, jnp.zeros((1, 1), jnp.int32), prefix_len=0)["params"]
+
+
 def _check_lengths(length, prefix_len, config):
     if not 0 < length <= config.max_seq_len:
         raise ValueError(f"Input sequence length out of valid range [1..{config.max_seq_len}]")

@@ -1,0 +1,153 @@
+"""A trained model on disk: what `load_pretrained` reads, and what a run or a conversion leaves.
+
+A folder of ours holds `config.json` ({"model": …, "tokenizer_sha256": …}), `tokenizer/` and
+`checkpoints/<step>/`. A converted model is such a folder with parameters alone, at step 0.
+"""
+
+import dataclasses
+import functools
+import json
+import shutil
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from perceiver_ar_jax._version import __version__
+from perceiver_ar_jax.config import PerceiverARConfig
+from perceiver_ar_jax.model import PerceiverAR, init_params
+
+CONFIG_FILE, TOKENIZER_FOLDER, CHECKPOINTS_FOLDER = "config.json", "tokenizer", "checkpoints"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A model and its parameters, ready for `model.apply` and `generate`."""
+
+    model: PerceiverAR
+    params: Any
+    config: PerceiverARConfig
+    tokenizer: Any  # None where the checkpoint has none
+    step: int  # steps trained; 0 for a converted model
+
+
+def load_pretrained(path: str | Path, *) -> Pretrained:
+    """Loads a checkpoint of ours, or one of perceiver-io, which is converted on the way.
+
+    Args:
+      path: a workdir or converted folder of ours (its newest intact step), a Hugging Face
+        directory of perceiver-io, one of its .safetensors, .bin or .ckpt files, or a hub id.
+
+    Raises:
+      ValueError: nothing usable is there; says what was looked for.
+      CheckpointError: a folder of ours without an intact step.
+    """
+    folder = Path(path)
+    description = _description(folder)
+    if description is None:
+        return _load_reference(path)
+    return _load_ours(folder, description)
+
+
+def save_pretrained(
+    folder: str | Path,
+    config: PerceiverARConfig,
+    params: Any,
+    *,
+    tokenizer_files: Iterable[str | Path] = (),
+) -> None:
+    """Writes a folder that `load_pretrained` reads.
+
+    Args:
+      folder: made if it is not there.
+      config: of the model.
+      params: nested dicts of arrays.
+      tokenizer_files: copied beside it, under the names they have.
+    """
+    from perceiver_ar_jax.training.checkpoint import Checkpointer
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    sha256 = None
+    for file in map(Path, tokenizer_files):
+        (folder / TOKENIZER_FOLDER).mkdir(exist_ok=True)
+        shutil.copyfile(file, folder / TOKENIZER_FOLDER / file.name)
+    if (folder / TOKENIZER_FOLDER).is_dir():
+        sha256 = _load_tokenizer(folder / TOKENIZER_FOLDER).sha256
+    checkpointer = Checkpointer(folder / CHECKPOINTS_FOLDER)
+    checkpointer.save_params(jax.tree.map(jnp.asarray, params))
+    checkpointer.close()
+    write_description(folder, config, tokenizer_sha256=sha256)
+
+
+def write_description(
+    folder: Path, config: PerceiverARConfig, *, tokenizer_sha256: str | None, **more: Any
+) -> None:
+    """Writes the `config.json` that says what model a folder holds."""
+    description = {
+        "perceiver_ar_jax": __version__,
+        "model": config.to_dict(),
+        "tokenizer_sha256": tokenizer_sha256,
+        **more,
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
+
+
+def _description(folder: Path) -> Mapping[str, Any] | None:
+    """The `config.json` of a folder of ours; None if it is none of ours."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        if folder.is_dir() and (folder / CHECKPOINTS_FOLDER).is_dir():
+            raise ValueError(f"{folder} has {CHECKPOINTS_FOLDER}/ but no {CONFIG_FILE}")
+        return None
+    try:
+        description = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    return description if "model" in description else None
+
+
+def _load_ours(folder, description):
+    from perceiver_ar_jax.training.checkpoint import Checkpointer
+
+    config = PerceiverARConfig.from_dict(description["model"])
+    model = PerceiverAR(config)
+    abstract = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+    checkpointer = Checkpointer(folder / CHECKPOINTS_FOLDER)
+    params, step, skipped = checkpointer.restore_params(abstract)
+    checkpointer.close()
+    for line in skipped:
+        warnings.warn(line, stacklevel=3)
+    tokenizer = None
+    if (folder / TOKENIZER_FOLDER).is_dir():
+        tokenizer = _load_tokenizer(folder / TOKENIZER_FOLDER)
+        if tokenizer.sha256 != description["tokenizer_sha256"]:
+            raise ValueError(
+                f"{folder / TOKENIZER_FOLDER} is not the tokenizer this model was trained with: "
+                f"sha256 {tokenizer.sha256[:12]}…, {description['tokenizer_sha256'][:12]}… expected"
+            )
+    return Pretrained(model, params, config, tokenizer, step)
+
+
+def _load_reference(source):
+    from perceiver_ar_jax.conversion import read_reference, to_flax
+
+    reference = read_reference(source)
+    params = jax.tree.map(jnp.asarray, to_flax(reference.tensors, reference.config))
+    tokenizer = None
+    if reference.tokenizer_files:
+        tokenizer = _load_tokenizer(reference.tokenizer_files[0].parent)
+    return Pretrained(PerceiverAR(reference.config), params, reference.config, tokenizer, 0)
+
+
+def _load_tokenizer(folder: Path):
+    from perceiver_ar_jax.data.tokenizer import as_exact, load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    try:
+        return as_exact(tokenizer)
+    except ValueError:  # not XLNet's: exact as it is
+        return tokenizer

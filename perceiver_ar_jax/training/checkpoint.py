@@ -1,0 +1,132 @@
+"""Checkpoints of a run: parameters, optimizer, step and data iterator, written by Orbax.
+
+A step's directory holds the items `params` (alone, so that inference never reads the rest),
+`train` (step and optimizer state), `data` (the iterator's state) and `checksums`. Orbax makes a
+step's directory appear whole or not at all, but restores flipped bits without a word; so every
+leaf's CRC-32 is stored and compared.
+"""
+
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from perceiver_ar_jax.training.state import TrainState
+
+
+class CheckpointError(Exception):
+    """No checkpoint that can be trusted; the message says where and why."""
+
+
+class Checkpointer:
+    """Saves and restores the steps below one directory; saves run in the background."""
+
+    def __init__(self, directory: str | Path, *, keep_last: int = 2):
+        self.directory = Path(directory).absolute()
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep_last, create=True),
+        )
+
+    def save(self, state: TrainState, data_state: dict[str, Any]) -> None:
+        """Starts to save; an error of the save before it is raised here."""
+        self._manager.check_for_errors()
+        train = {"step": state.step, "opt_state": state.opt_state}
+        self._manager.save(
+            int(state.step),
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                train=ocp.args.StandardSave(train),
+                data=ocp.args.JsonSave(data_state),
+                checksums=ocp.args.JsonSave(
+                    {"params": checksums(state.params), "train": checksums(train)}
+                ),
+            ),
+        )
+
+    def save_params(self, params: Any) -> None:
+        """Saves parameters alone, as step 0: what a converted checkpoint has."""
+        self._manager.save(
+            0,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(params),
+                checksums=ocp.args.JsonSave({"params": checksums(params)}),
+            ),
+        )
+
+    def steps(self) -> list[int]:
+        """Steps that are there, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any], list[str]]:
+        """The newest intact step, as `like` is shaped and sharded.
+
+        Returns:
+          The state, the data iterator's state, and a line for each newer step that was skipped.
+
+        Raises:
+          CheckpointError: if no step is intact.
+        """
+        train = {"step": like.step, "opt_state": like.opt_state}
+        step, restored, skipped = self._newest_intact({"params": like.params, "train": train})
+        data = self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))
+        state = like.replace(params=restored["params"], **restored["train"])
+        return state, data["data"], skipped
+
+    def restore_params(self, like: Any) -> tuple[Any, int, list[str]]:
+        """Parameters of the newest intact step, that step, and a line for each one skipped.
+
+        Raises:
+          CheckpointError: if no step is intact.
+        """
+        step, restored, skipped = self._newest_intact({"params": like})
+        return restored["params"], step, skipped
+
+    def wait(self) -> None:
+        """Returns when what was saved is on disk; raises what went wrong."""
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
+
+    def close(self) -> None:
+        """Waits, then lets go of threads."""
+        self.wait()
+        self._manager.close()
+
+    def _newest_intact(self, like):
+        skipped = []
+        for step in reversed(self.steps()):
+            try:
+                return step, self._restore_step(step, like), skipped
+            except Exception as error:  # Orbax and TensorStore raise what they like
+                reason = str(error).strip().split("\n")[0] or type(error).__name__
+                skipped.append(f"step {step} in {self.directory} is damaged: {reason}")
+        reasons = "; ".join(skipped) or "there is no committed step"
+        raise CheckpointError(f"no intact checkpoint in {self.directory}: {reasons}")
+
+    def _restore_step(self, step, like):
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        items = {name: ocp.args.StandardRestore(item) for name, item in abstract.items()}
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(checksums=ocp.args.JsonRestore(), **items)
+        )
+        for name in like:
+            stored, actual = restored["checksums"][name], checksums(restored[name])
+            differing = sorted(path for path in actual if stored.get(path) != actual[path])
+            if differing:
+                raise CheckpointError(f"checksum mismatch in {name}: {', '.join(differing[:3])}")
+        return {name: restored[name] for name in like}
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """CRC-32 of each leaf's bytes, by path."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): _crc(leaf) for path, leaf in leaves
+    }
+
+
+def _crc(leaf) -> int:
+    return zlib.crc32(np.ascontiguousarray(jax.device_get(leaf)).view(np.uint8).reshape(-1))
