@@ -34,7 +34,7 @@ class Pretrained:
     step: int  # steps trained; 0 for a converted model
 
 
-def load_pretrained(path: str | Path, *) -> Pretrained:
+def load_pretrained(path: str | Path) -> Pretrained:
     """Loads a checkpoint of ours, or one of perceiver-io, which is converted on the way.
 
     Args:
