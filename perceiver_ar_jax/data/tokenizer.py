@@ -62,7 +62,8 @@ class SentencePieceTokenizer:
     """
 
     def __init__(self, path: str | Path):
-        self._model = _read_model(Path(path))
+        self.path = Path(path)
+        self._model = _read_model(self.path)
         self.sha256 = hashlib.sha256(self._model).hexdigest()
         try:
             processor = self._processor
@@ -164,6 +165,19 @@ def load_tokenizer(source: str | Path, *, exact: bool = False, vocab_size: int |
             f"tokenizer {source} has {tokenizer.vocab_size} ids, the model's vocabulary only "
             f"{vocab_size}"
         )
+    return tokenizer
+
+
+def as_exact(tokenizer):
+    """The tokenizer that gives the reference's ids: for a plain XLNet model the exact one.
+
+    Raises:
+      ValueError: a SentencePiece model other than XLNet's, for which there is no such tokenizer.
+    """
+    from perceiver_ar_jax.data.xlnet import XLNetTokenizer
+
+    if type(tokenizer) is SentencePieceTokenizer:
+        return XLNetTokenizer(tokenizer.path)
     return tokenizer
 
 

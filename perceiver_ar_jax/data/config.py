@@ -1,0 +1,44 @@
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Says which text is read and how it is cut into batches; frozen and validated.
+
+    `source` is a prepared TFDS directory (`.../c4/en/3.0.1`) or a file or glob of `.jsonl`
+    (documents under the key "text") or plain text (each file one document, read in pieces).
+    `split` may be a slice, `train[:1%]`; of files, where only the slice counts, too.
+
+    Raises:
+      ValueError: at construction, naming every problem at once.
+    """
+
+    source: str
+    split: str = "train"
+    min_seq_len: int = 512
+    max_seq_len: int = 1024
+    batch_size: int = 8  # rows of this process
+    seed: int = 0
+    shuffle: bool = True
+    repeat: bool = True  # over and over, each time in another order
+    num_workers: int = 0  # processes that read and tokenise; 0: this one does
+    exact: bool = False  # XLNet's ids as Hugging Face gives them, slower
+    respect_documents: bool = False  # batches say which document a token belongs to
+
+    def __post_init__(self):
+        problems = [
+            f"{name} must be at least {low}, not {getattr(self, name)}"
+            for name, low in (
+                ("min_seq_len", 1),
+                ("batch_size", 1),
+                ("seed", 0),
+                ("num_workers", 0),
+            )
+            if getattr(self, name) < low
+        ]
+        if self.min_seq_len > self.max_seq_len:
+            problems.append(f"min_seq_len {self.min_seq_len} > max_seq_len {self.max_seq_len}")
+        if not self.source:
+            problems.append("source is empty")
+        if problems:
+            raise ValueError("DataConfig: " + "; ".join(problems))

@@ -1,0 +1,127 @@
+"""A split as overlapping windows in which every token is predicted once, with long context."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from perceiver_ar_jax.data.config import DataConfig
+from perceiver_ar_jax.data.sources import open_source
+from perceiver_ar_jax.data.tokenizer import as_exact
+from perceiver_ar_jax.data.windows import ODDITIES, Tokenize
+
+
+class EvaluationBatches:
+    """One pass over a split, as often as it is iterated over; made by `evaluation_batches`.
+
+    Batches are those of the loader, and `weights` (B, S) float32: 1 at the positions whose
+    target counts. Every process has `len` batches.
+
+    Attributes:
+      num_tokens: the targets that count, over all processes: every token of the text, and the
+        eos of each document.
+      num_bytes: the UTF-8 bytes of the text; nats / log(2) / num_bytes are bits per byte.
+      oddities: how many documents were malformed, empty or no UTF-8.
+    """
+
+    def __init__(
+        self, config: DataConfig, tokenizer, *, num_latents: int, process_index: int, rows: int
+    ):
+        self._config = config
+        self._pad_id = tokenizer.pad_id
+        self._num_latents = num_latents
+        self._first_row = config.batch_size * process_index
+        self._rows = rows
+        self._stream, self._document_starts = self._read(tokenizer)
+        self.num_tokens = len(self._stream) - 1
+
+    def __len__(self) -> int:
+        return -(-self._num_windows // self._rows)
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        for step in range(len(self)):
+            first = step * self._rows + self._first_row
+            windows = [self._window(first + row) for row in range(self._config.batch_size)]
+            yield {name: np.stack([window[name] for window in windows]) for name in windows[0]}
+
+    @property
+    def _num_windows(self) -> int:
+        return -(-self.num_tokens // self._num_latents)
+
+    def _read(self, tokenizer) -> tuple[np.ndarray, np.ndarray]:
+        """All tokens after one eos, so that the first is predicted too, as in training."""
+        source = open_source(self._config.source, self._config.split)
+        tokenize = Tokenize(tokenizer)
+        parts = [np.array([tokenizer.eos_id], np.int32)]
+        starts = [0, 1]
+        length = 1
+        oddities = np.zeros(len(ODDITIES), np.int64)
+        self.num_bytes = 0
+        for i in range(len(source)):
+            text = source[i]
+            document = tokenize.map(text)
+            self.num_bytes += len(text.text.encode("utf-8", errors="replace"))
+            oddities += document.oddities
+            parts.append(document.tokens)
+            length += len(document.tokens)
+            if text.ends_document:
+                starts.append(length)
+        self.oddities = dict(zip(ODDITIES, oddities.tolist(), strict=True))
+        return np.concatenate(parts), np.array(starts)
+
+    def _window(self, number: int) -> dict[str, np.ndarray]:
+        """The latents of window n stand for the targets from n * num_latents on.
+
+        The last window ends with the stream, and only what is new in it counts; a window after
+        that is all pads.
+        """
+        size = self._config.max_seq_len
+        tokens = np.full(size, self._pad_id, np.int32)
+        targets = np.full(size, self._pad_id, np.int32)
+        weights = np.zeros(size, np.float32)
+        segment_ids = np.zeros(size, np.int32)
+        if number < self._num_windows:
+            begin = number * self._num_latents
+            end = min(begin + self._num_latents, self.num_tokens)
+            start = max(0, end - size)
+            tokens[size - (end - start) :] = self._stream[start:end]
+            targets[size - (end - start) :] = self._stream[start + 1 : end + 1]
+            weights[size - (end - begin) :] = 1
+            documents = np.searchsorted(self._document_starts, np.arange(start, end), side="right")
+            segment_ids[size - (end - start) :] = documents - documents[0] + 1
+        window = {
+            "tokens": tokens,
+            "targets": targets,
+            "pad_mask": segment_ids == 0,
+            "weights": weights,
+        }
+        return window | ({"segment_ids": segment_ids} if self._config.respect_documents else {})
+
+
+def evaluation_batches(
+    config: DataConfig,
+    tokenizer,
+    *,
+    num_latents: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> EvaluationBatches:
+    """Reads and tokenises the whole split once, and cuts it into batches in its own order.
+
+    The documents, joined with eos, are one stream. Windows of `max_seq_len` tokens advance by
+    `num_latents`, so that each token is predicted once, by a latent, with at least
+    max_seq_len - num_latents tokens before it (as far as there are). The last batch is filled up
+    with rows of pads. Tokens are held in memory, 4 bytes each: take a slice of a large split.
+
+    Raises:
+      ValueError: the data is missing, or num_latents is out of range.
+    """
+    if not 1 <= num_latents <= config.max_seq_len:
+        raise ValueError(f"num_latents={num_latents} out of valid range [1..{config.max_seq_len}]")
+    tokenizer = as_exact(tokenizer) if config.exact else tokenizer
+    return EvaluationBatches(
+        config,
+        tokenizer,
+        num_latents=num_latents,
+        process_index=process_index,
+        rows=config.batch_size * process_count,
+    )

@@ -1,0 +1,205 @@
+import hashlib
+from collections.abc import Sequence
+
+import grain
+import numpy as np
+from absl import flags
+
+from perceiver_ar_jax.data.config import DataConfig
+from perceiver_ar_jax.data.sources import open_source
+from perceiver_ar_jax.data.tokenizer import as_exact
+from perceiver_ar_jax.data.windows import ODDITIES, WindowDataset, documents
+
+
+class Loader:
+    """Iterates over the batches of one process; its state is small JSON and exact at any cut.
+
+    Batches are dicts of `tokens`, `targets` (the next token at each position) (B, S) int32 and
+    `pad_mask` (B, S) bool, True at pads; with `respect_documents` also `segment_ids` (B, S) int32,
+    0 at pads. S is `max_seq_len`, B `batch_size`; process p has the rows from p * B on of the
+    global batch, which is the same for any number of processes and workers.
+
+    Attributes:
+      fingerprint: what determines the stream of batches: data, tokenizer, lengths, seed.
+      oddities: how many documents with bad UTF-8, malformed lines and empty documents were read
+        since the loader was made.
+    """
+
+    def __init__(self, config: DataConfig, tokenizer, *, process_index: int, process_count: int):
+        if not 0 <= process_index < process_count:
+            raise ValueError(f"process {process_index} of {process_count}")
+        tokenizer = as_exact(tokenizer) if config.exact else tokenizer
+        source = open_source(config.source, config.split)
+        if not len(source):
+            raise ValueError(f"{config.source} has no documents in {config.split}")
+        self._config = config
+        self._pad_id = tokenizer.pad_id
+        self._global_batch = config.batch_size * process_count
+        self._first_row = config.batch_size * process_index
+        self._documents = documents(
+            source, tokenizer, seed=config.seed, shuffle=config.shuffle, repeat=config.repeat
+        )
+        self.fingerprint = _fingerprint(config, tokenizer, source, self._global_batch)
+        self.oddities = dict.fromkeys(ODDITIES, 0)
+        self._iterator = self._part = None
+        self._step = 0
+        self._positions = np.zeros((config.batch_size, 2), np.int64)
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if self._iterator is None:
+            self._iterator = iter(self._parts())
+            self._part = next(self._iterator, None)
+        if self._part is None:
+            raise StopIteration
+        parts = []
+        step = self._part["step"]
+        while self._part is not None and self._part["step"] == step:
+            parts.append(self._part)
+            self._part = next(self._iterator, None)
+        return self._assemble(parts)
+
+    def get_state(self) -> dict:
+        """Where the next batch begins; see `merge_states` for several processes."""
+        return {
+            "step": self._step,
+            "first_row": self._first_row,
+            "positions": self._positions.tolist(),
+            "fingerprint": self.fingerprint,
+        }
+
+    def set_state(self, state: dict, *, allow_other_data: bool = False) -> None:
+        """Goes on from a state of this process, or a merged one that covers its rows.
+
+        Raises:
+          ValueError: the state does not fit, or belongs to other data or another tokenizer;
+            `allow_other_data` lets the latter pass.
+        """
+        differences = fingerprint_differences(state["fingerprint"], self.fingerprint)
+        if differences and not allow_other_data:
+            raise ValueError("the data differs from the checkpoint's: " + "; ".join(differences))
+        first = self._first_row - state["first_row"]
+        rows = state["positions"][max(first, 0) : first + self._config.batch_size]
+        if first < 0 or len(rows) != self._config.batch_size:
+            raise ValueError(
+                f"the loader's state covers {len(state['positions'])} rows from "
+                f"{state['first_row']}, this process needs {self._config.batch_size} from "
+                f"{self._first_row}: merge the states of all processes"
+            )
+        self.close()
+        self._step = state["step"]
+        self._positions = np.array(rows, np.int64)
+
+    def close(self) -> None:
+        """Ends the worker processes; the next batch starts new ones."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = self._part = None
+
+    def _parts(self) -> grain.IterDataset:
+        config = self._config
+        windows = WindowDataset(
+            self._documents,
+            streams=range(self._first_row, self._first_row + config.batch_size),
+            positions=self._positions.tolist(),
+            step=self._step,
+            num_streams=self._global_batch,
+            min_seq_len=config.min_seq_len,
+            max_seq_len=config.max_seq_len,
+            pad_id=self._pad_id,
+            seed=config.seed,
+            with_segment_ids=config.respect_documents,
+        )
+        num_workers = min(config.num_workers, config.batch_size)
+        if not num_workers:
+            return windows
+        if not flags.FLAGS.is_parsed():  # Grain reads its flags, also outside of absl's app.run
+            flags.FLAGS.mark_as_parsed()
+        # Through pipes: blocks of shared memory stay behind when a run is killed.
+        options = grain.experimental.DatasetOptions(min_shm_size=1 << 62)
+        windows = grain.experimental.WithOptionsIterDataset(windows, options)
+        return windows.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
+        )
+
+    def _assemble(self, parts: Sequence[dict]) -> dict[str, np.ndarray]:
+        config = self._config
+        shape = (config.batch_size, config.max_seq_len)
+        batch = {
+            "tokens": np.full(shape, self._pad_id, np.int32),
+            "targets": np.full(shape, self._pad_id, np.int32),
+            "pad_mask": np.ones(shape, bool),
+        }
+        if config.respect_documents:
+            batch["segment_ids"] = np.zeros(shape, np.int32)
+        for part in parts:
+            rows = part["rows"] - self._first_row
+            for name, array in batch.items():
+                array[rows] = part[name]
+            self._positions[rows] = part["positions"]
+            for name, count in zip(ODDITIES, part["oddities"], strict=True):
+                self.oddities[name] += int(count)
+        self._step = int(parts[0]["step"])
+        return batch
+
+
+def make_loader(
+    config: DataConfig, tokenizer, *, process_index: int = 0, process_count: int = 1
+) -> Loader:
+    """Opens the data and returns the training batches of one process.
+
+    A pass that does not repeat ends, after rows of pads, when the streams of this process do.
+
+    Raises:
+      ValueError: the data is missing or unreadable; one line that says what is there.
+    """
+    return Loader(config, tokenizer, process_index=process_index, process_count=process_count)
+
+
+def merge_states(states: Sequence[dict]) -> dict:
+    """One state from those of all processes at one step, for any number of processes.
+
+    Raises:
+      ValueError: they are of different steps or data, or rows are missing.
+    """
+    states = sorted(states, key=lambda state: state["first_row"])
+    merged = {**states[0], "positions": []}
+    for state in states:
+        if state["first_row"] != len(merged["positions"]):
+            raise ValueError(f"no loader state covers row {len(merged['positions'])}")
+        if state["step"] != merged["step"]:
+            raise ValueError(f"loader states of steps {merged['step']} and {state['step']}")
+        differences = fingerprint_differences(merged["fingerprint"], state["fingerprint"])
+        if differences:
+            raise ValueError("processes read different data: " + "; ".join(differences))
+        merged["positions"] += state["positions"]
+    return merged
+
+
+def fingerprint_differences(old: dict, new: dict) -> list[str]:
+    """`name: old -> new` for every entry that differs."""
+    return [
+        f"{name}: {old.get(name)!r} -> {new.get(name)!r}"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _fingerprint(config: DataConfig, tokenizer, source, global_batch: int) -> dict:
+    return {
+        "files": len(source.files),
+        "bytes": sum(size for _, size in source.files),
+        "files_sha256": hashlib.sha256(repr(source.files).encode()).hexdigest(),
+        "records": len(source),
+        "split": config.split,
+        "tokenizer_sha256": tokenizer.sha256,
+        "tokenizer": type(tokenizer).__name__,
+        "min_seq_len": config.min_seq_len,
+        "max_seq_len": config.max_seq_len,
+        "seed": config.seed,
+        "shuffle": config.shuffle,
+        "repeat": config.repeat,
+        "global_batch_size": global_batch,
+    }

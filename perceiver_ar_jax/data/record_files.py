@@ -1,0 +1,172 @@
+"""Files as random-access records: `len(file)` and `file.read(i)`, which gives bytes."""
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from array_record.python import array_record_module
+from etils import epath
+
+from perceiver_ar_jax.data.crc32c import masked_crc32c
+
+PIECE_BYTES = 1 << 14
+
+
+class ArrayRecordFile:
+    """One ArrayRecord shard.
+
+    Raises:
+      ValueError: the file is no complete ArrayRecord file.
+    """
+
+    def __init__(self, path: str):
+        self._path = path
+        try:
+            self._reader = array_record_module.ArrayRecordReader(
+                path, "readahead_buffer_size:0,max_parallelism:0"
+            )
+            self._num_records = self._reader.num_records()
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(_damaged(path, "ArrayRecord", error)) from error
+
+    def __len__(self) -> int:
+        return self._num_records
+
+    def read(self, i: int) -> bytes:
+        """Record `i`; by a range, as a list of indices costs time for every record there is."""
+        try:
+            return self._reader.read(i, i + 1)[0]
+        except (RuntimeError, IndexError) as error:
+            raise ValueError(_damaged(self._path, "ArrayRecord", error)) from error
+
+
+class TFRecordFile:
+    """One TFRecord shard: `length, crc(length), data, crc(data)` over and over.
+
+    The first use of a file walks it once for the records' places and keeps them in a cache
+    folder (PERCEIVER_AR_CACHE, default ~/.cache/perceiver_ar_jax).
+
+    Raises:
+      ValueError: the file is cut off or a checksum is wrong; says where.
+    """
+
+    def __init__(self, path: str):
+        self._path = path
+        self._offsets = _cached_offsets(path)
+        self._file = epath.Path(path).open("rb")
+
+    def __del__(self):
+        _close(self)
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def read(self, i: int) -> bytes:
+        """Record `i`, its checksum verified."""
+        start, end = int(self._offsets[i]), int(self._offsets[i + 1])
+        self._file.seek(start + 12)
+        data = self._file.read(end - start - 12)
+        if masked_crc32c(data[:-4]) != int.from_bytes(data[-4:], "little"):
+            raise ValueError(f"{self._path}: wrong checksum of record {i} at byte {start}")
+        return data[:-4]
+
+
+class LineFile:
+    """The lines of a file."""
+
+    def __init__(self, path: str):
+        self._file = epath.Path(path).open("rb")
+        self._offsets = np.fromiter(_line_ends(self._file), np.int64)
+
+    def __del__(self):
+        _close(self)
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def read(self, i: int) -> bytes:
+        """Line `i` with its end."""
+        self._file.seek(int(self._offsets[i]))
+        return self._file.read(int(self._offsets[i + 1] - self._offsets[i]))
+
+
+class PieceFile(LineFile):
+    """A plain text in pieces of at most 16 KiB that end where a paragraph or a line does."""
+
+    def __init__(self, path: str):
+        self._file = epath.Path(path).open("rb")
+        self._offsets = np.fromiter(_piece_ends(self._file), np.int64)
+
+
+def _close(records) -> None:
+    """Sources keep their files open as long as they live and have no end of their own."""
+    if hasattr(records, "_file"):
+        records._file.close()
+
+
+def _line_ends(file):
+    position = 0
+    yield position
+    for line in file:
+        position += len(line)
+        yield position
+
+
+def _piece_ends(file):
+    position = 0
+    yield position
+    while True:
+        file.seek(position)
+        piece = file.read(PIECE_BYTES)
+        if not piece:
+            return
+        position += len(piece) if len(piece) < PIECE_BYTES else _good_length(piece)
+        yield position
+
+
+def _good_length(piece: bytes) -> int:
+    """Up to its last empty line, else its last line, else its last whole character."""
+    for end in (b"\n\n", b"\n"):
+        place = piece.rfind(end, len(piece) // 2)
+        if place >= 0:
+            return place + len(end)
+    length = len(piece)
+    while length > len(piece) - 4 and piece[length - 1] & 0xC0 == 0x80:
+        length -= 1
+    return length - (piece[length - 1] >= 0xC0)
+
+
+def _cached_offsets(path: str) -> np.ndarray:
+    stat = epath.Path(path).stat()
+    key = hashlib.sha256(f"{path} {stat.length} {stat.mtime}".encode()).hexdigest()[:32]
+    folder = Path(os.environ.get("PERCEIVER_AR_CACHE", "~/.cache/perceiver_ar_jax")).expanduser()
+    cached = folder / "tfrecord" / f"{key}.npy"
+    if not cached.is_file():
+        offsets = np.fromiter(_record_ends(path, stat.length), np.int64)
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as file:
+            np.save(file, offsets)
+        os.replace(file.name, cached)  # whole or not at all: other processes read it
+    return np.load(cached, mmap_mode="r")
+
+
+def _record_ends(path: str, size: int):
+    """Lengths are not checked against their checksums: a wrong one makes the data's wrong."""
+    position = 0
+    yield position
+    with epath.Path(path).open("rb") as file:
+        while position < size:
+            length = int.from_bytes(file.read(12)[:8], "little")
+            file.seek(length + 4, os.SEEK_CUR)
+            if position + 16 + length > size:
+                raise ValueError(_damaged(path, "TFRecord", f"cut off after byte {position}"))
+            position += 16 + length
+            yield position
+
+
+def _damaged(path: str, kind: str, reason) -> str:
+    reason = str(reason).strip().splitlines()[0] if str(reason).strip() else "truncated or empty"
+    size = epath.Path(path).stat().length if epath.Path(path).exists() else 0
+    return f"{path} ({size:,} bytes) is no complete {kind} file: {reason}"

@@ -1,0 +1,202 @@
+"""Random-access text: a split of a prepared TFDS directory, JSONL or plain text files."""
+
+import bisect
+import glob
+import itertools
+import json
+import re
+import resource
+from collections.abc import Callable, Sequence
+from concurrent import futures
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from perceiver_ar_jax.data import record_files
+from perceiver_ar_jax.data.tf_example import bytes_feature
+
+
+class Text(NamedTuple):
+    """A document, or a piece of one, as it was read."""
+
+    text: str
+    ends_document: bool = True
+    is_valid_utf8: bool = True
+    is_malformed: bool = False  # a line that is no JSON object with a "text"; its text is empty
+
+
+class Shard(NamedTuple):
+    """The part `[first, first + count)` of a file that should have `num_records`."""
+
+    path: str
+    first: int
+    count: int
+    num_records: int
+
+
+class TextSource:
+    """`len(source)` texts, `source[i]` reads one; pickles without its open files."""
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        open_file: Callable[[str], Any],
+        parse: Callable[[bytes, bool], Text],
+    ):
+        self._shards = [shard for shard in shards if shard.count]
+        self._ends = list(itertools.accumulate(shard.count for shard in self._shards))
+        self._open_file = open_file
+        self._parse = parse
+        self._files = {}
+        self.files = _names_and_sizes([shard.path for shard in self._shards])
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> Text:
+        number = bisect.bisect_right(self._ends, index)
+        shard = self._shards[number]
+        record = shard.first + index - (self._ends[number] - shard.count)
+        return self._parse(self._file(number).read(record), record + 1 == shard.num_records)
+
+    def _file(self, number: int):
+        if number not in self._files:
+            _allow_open_files(len(self._shards))
+            shard = self._shards[number]
+            file = self._open_file(shard.path)
+            if len(file) != shard.num_records:
+                raise ValueError(
+                    f"{shard.path} has {len(file)} records, {shard.num_records} were expected: "
+                    "the file changed or belongs to another version"
+                )
+            self._files[number] = file
+        return self._files[number]
+
+    def __getstate__(self):
+        return {**self.__dict__, "_files": {}}
+
+    def __repr__(self) -> str:
+        return f"TextSource({len(self)} records in {len(self._shards)} files)"
+
+
+def open_source(source: str, split: str) -> TextSource:
+    """Opens what `DataConfig.source` and `DataConfig.split` name.
+
+    Raises:
+      ValueError: nothing readable is there; one line that says what is.
+    """
+    path = epath.Path(source)
+    if path.is_dir():
+        return _open_tfds(path, split)
+    paths = [str(path)] if path.exists() else sorted(glob.glob(str(source), recursive=True))
+    if not paths:
+        raise ValueError(f"no data at {source}: neither a folder nor a file, nor does a glob match")
+    kinds = {epath.Path(name).suffix for name in paths}
+    if kinds <= {".jsonl", ".json"}:
+        return _open_files(paths, split, record_files.LineFile, _parse_jsonl)
+    if {".gz", ".zst", ".zip", ".parquet", ".jsonl", ".json"} & kinds:
+        raise ValueError(f"cannot read {source}: {' and '.join(sorted(kinds))} files as one corpus")
+    return _open_files(paths, split, record_files.PieceFile, _parse_text)
+
+
+def _open_tfds(path: epath.Path, split: str) -> TextSource:
+    if not (path / "dataset_info.json").exists():
+        below = (path.glob("*/" * depth + "dataset_info.json") for depth in (1, 2, 3))
+        inner = [str(info.parent) for level in below for info in level][:3]
+        hint = f"; did you mean {' or '.join(inner)}?" if inner else ""
+        raise ValueError(
+            f"{path} is no prepared TFDS directory (.../c4/en/3.0.1): no dataset_info.json{hint}"
+        )
+    import tensorflow_datasets as tfds  # half a second
+
+    builder = tfds.builder_from_directory(path)
+    readers = {
+        "array_record": record_files.ArrayRecordFile,
+        "tfrecord": record_files.TFRecordFile,
+    }
+    file_format = builder.info.file_format.value
+    if file_format not in readers:
+        raise ValueError(f"{path} holds {file_format} files; {' or '.join(readers)} can be read")
+    try:
+        instructions = builder.info.splits[split].file_instructions
+    except (KeyError, ValueError) as error:
+        known = ", ".join(builder.info.splits)
+        raise ValueError(f"{path} has no split {split!r}: it has {known}") from error
+    shards = [
+        Shard(
+            i.filename, i.skip, i.examples_in_shard if i.take == -1 else i.take, i.examples_in_shard
+        )
+        for i in instructions
+    ]
+    return TextSource(shards, readers[file_format], _parse_example)
+
+
+def _open_files(paths: list[str], split: str, open_file, parse) -> TextSource:
+    lengths = [len(open_file(path)) for path in paths]
+    start, stop = _slice_of(split, sum(lengths))
+    shards = []
+    begin = 0
+    for path, length in zip(paths, lengths, strict=True):
+        first = min(max(start - begin, 0), length)
+        last = min(max(stop - begin, 0), length)
+        shards.append(Shard(path, first, last - first, length))
+        begin += length
+    return TextSource(shards, open_file, parse)
+
+
+def _slice_of(split: str, length: int) -> tuple[int, int]:
+    """Start and stop of `name`, `name[10:]`, `name[:95%]` among `length` records."""
+    match = re.fullmatch(r"\w*(?:\[(-?\d*)(%?):(-?\d*)(%?)\])?", split)
+    if not match:
+        raise ValueError(f"cannot read the split {split!r}: use a form like train[:95%]")
+    start, start_percent, stop, stop_percent = match.groups()
+    start = int(start or 0) * (length / 100 if start_percent else 1)
+    stop = int(stop) * (length / 100 if stop_percent else 1) if stop else length
+    return slice(round(start), round(stop)).indices(length)[:2]
+
+
+def _parse_example(record: bytes, is_last: bool) -> Text:
+    return _decoded(bytes_feature(record, "text"))
+
+
+def _parse_jsonl(line: bytes, is_last: bool) -> Text:
+    try:
+        valid = _decoded(line)
+        text = json.loads(valid.text)["text"]
+    except (json.JSONDecodeError, TypeError, KeyError):
+        return Text("", is_malformed=bool(line.strip()))
+    return Text(text if isinstance(text, str) else "", is_valid_utf8=valid.is_valid_utf8)
+
+
+def _parse_text(piece: bytes, is_last: bool) -> Text:
+    return _decoded(piece)._replace(ends_document=is_last)
+
+
+def _decoded(data: bytes) -> Text:
+    try:
+        return Text(data.decode("utf-8"))
+    except UnicodeDecodeError:
+        return Text(data.decode("utf-8", errors="replace"), is_valid_utf8=False)
+
+
+def _names_and_sizes(paths: list[str]) -> list[tuple[str, int]]:
+    """Checks that all files are there before anything is read."""
+
+    def size(path: str) -> int | None:
+        return epath.Path(path).stat().length if epath.Path(path).exists() else None
+
+    with futures.ThreadPoolExecutor(32) as pool:  # a shard may be a web request away
+        sizes = list(pool.map(size, paths))
+    missing = [path for path, size in zip(paths, sizes, strict=True) if not size]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(paths)} files are missing or empty, the first: {missing[0]}"
+        )
+    return [(epath.Path(path).name, size) for path, size in zip(paths, sizes, strict=True)]
+
+
+def _allow_open_files(count: int) -> None:
+    """Every shard stays open; the usual limit of 1,024 files is less than C4's shards need."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < count + 512 <= hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count + 512, hard))

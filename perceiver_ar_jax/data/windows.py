@@ -1,0 +1,195 @@
+"""Documents joined with eos and cut into windows of uniformly drawn length, left-padded.
+
+The text is dealt out to as many streams as the global batch has rows: stream v reads the
+documents v, v + V, v + 2V, ... of the shuffled, repeated order and gives row v of every batch.
+So a batch depends neither on the number of hosts nor on that of workers, each document is read
+by one stream once an epoch, and where a stream stands is two numbers: its document and how many
+tokens of it are used up.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from perceiver_ar_jax.data.sources import Text, TextSource
+
+ODDITIES = ("bad UTF-8", "malformed line", "empty document")
+
+
+class Document(NamedTuple):
+    """Token ids, the closing eos included, and one flag for each of ODDITIES."""
+
+    tokens: np.ndarray
+    oddities: np.ndarray
+
+
+class Tokenize(grain.transforms.Map):
+    """Text -> Document. An empty text has no tokens, not even eos."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+
+    def map(self, text: Text) -> Document:
+        """Runs the tokenizer."""
+        ids = self._tokenizer.encode(text.text)
+        if ids and text.ends_document:
+            ids.append(self._tokenizer.eos_id)
+        is_empty = not ids and not text.is_malformed
+        oddities = np.array([not text.is_valid_utf8, text.is_malformed, is_empty])
+        return Document(np.asarray(ids, np.int32), oddities)
+
+
+def documents(source: TextSource, tokenizer, *, seed: int, shuffle: bool, repeat: bool):
+    """The order in which documents are read, as a random-access Grain dataset of Document."""
+    dataset = grain.MapDataset.source(source).seed(seed)
+    if shuffle:
+        dataset = dataset.shuffle()
+    if repeat:
+        dataset = dataset.repeat()
+    return dataset.map(Tokenize(tokenizer))
+
+
+class WindowDataset(grain.IterDataset):
+    """Step after step one window for each of some streams, stacked.
+
+    Elements: `tokens` and `targets` (streams, max_seq_len) int32, `pad_mask` likewise, True at
+    pads, `segment_ids` (streams, max_seq_len) int32 if asked for: 0 at pads, then 1, 2, ... for
+    the documents of the window; and for the loader `step`, `rows` (which streams), `positions`
+    (where they stand afterwards) and `oddities` (how many documents had each).
+
+    Args:
+      streams: which of the `num_streams`.
+      positions: (document, used tokens) of each of them, to go on from.
+    """
+
+    def __init__(
+        self,
+        documents: grain.MapDataset,
+        *,
+        streams: Sequence[int],
+        positions: Sequence[tuple[int, int]],
+        step: int,
+        num_streams: int,
+        min_seq_len: int,
+        max_seq_len: int,
+        pad_id: int,
+        seed: int,
+        with_segment_ids: bool,
+    ):
+        super().__init__(documents)
+        self.documents = documents
+        self.streams = list(streams)
+        self.positions = list(positions)
+        self.step = step
+        self.num_streams = num_streams
+        self.min_seq_len = min_seq_len
+        self.max_seq_len = max_seq_len
+        self.pad_id = pad_id
+        self.seed = seed
+        self.with_segment_ids = with_segment_ids
+
+    def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
+        """Called by Grain in each worker process, which takes its share of the streams."""
+        del sequential_slice
+        self.streams = self.streams[sl]
+        self.positions = self.positions[sl]
+
+    def __iter__(self) -> "WindowIterator":
+        return WindowIterator(self)
+
+
+class WindowIterator(grain.DatasetIterator):
+    """Ends when every one of its streams has; until then an ended stream gives only pads."""
+
+    def __init__(self, dataset: WindowDataset):
+        super().__init__()
+        self._dataset = dataset
+        self.set_state({"step": dataset.step, "positions": dataset.positions})
+
+    def get_state(self) -> dict:
+        """The step to come and the position of each stream; plain JSON types."""
+        positions = [[stream.document, stream.used] for stream in self._streams]
+        return {"step": self._step, "positions": positions}
+
+    def set_state(self, state: dict) -> None:
+        """Goes on from where `get_state` was called."""
+        dataset = self._dataset
+        self._step = state["step"]
+        self._streams = [
+            _Stream(dataset.documents, number, dataset.num_streams, *position)
+            for number, position in zip(dataset.streams, state["positions"], strict=True)
+        ]
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        dataset = self._dataset
+        lengths = window_lengths(
+            dataset.seed, self._step, dataset.num_streams, dataset.min_seq_len, dataset.max_seq_len
+        )
+        shape = (len(self._streams), dataset.max_seq_len)
+        tokens = np.full(shape, dataset.pad_id, np.int32)
+        targets = np.full(shape, dataset.pad_id, np.int32)
+        segment_ids = np.zeros(shape, np.int32)
+        oddities = np.zeros(len(ODDITIES), np.int64)
+        for row, stream in enumerate(self._streams):
+            parts = stream.take(lengths[stream.number] + 1, oddities)
+            window = np.concatenate(parts) if parts else np.empty(0, np.int32)
+            if len(window) > 1:  # a last token by itself predicts nothing
+                start = dataset.max_seq_len + 1 - len(window)
+                tokens[row, start:] = window[:-1]
+                targets[row, start:] = window[1:]
+                documents = np.repeat(np.arange(1, len(parts) + 1), [len(part) for part in parts])
+                segment_ids[row, start:] = documents[:-1]
+        pad_mask = segment_ids == 0
+        if pad_mask.all():
+            raise StopIteration
+        self._step += 1
+        element = {"tokens": tokens, "targets": targets, "pad_mask": pad_mask}
+        if dataset.with_segment_ids:
+            element["segment_ids"] = segment_ids
+        state = self.get_state()
+        return element | {
+            "step": np.array(state["step"]),
+            "rows": np.array(dataset.streams),
+            "positions": np.array(state["positions"]),
+            "oddities": oddities,
+        }
+
+
+def window_lengths(seed: int, step: int, num_streams: int, low: int, high: int) -> np.ndarray:
+    """The lengths of a step's windows, uniform in [low, high]; a function of seed and step."""
+    generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, step]))
+    return generator.integers(low, high, size=num_streams, endpoint=True)
+
+
+class _Stream:
+    """Every `num_streams`-th document from `number` on, from a position in one of them."""
+
+    def __init__(self, documents, number: int, num_streams: int, document: int, used: int):
+        self.number = number
+        self.document = document
+        self.used = used
+        self._documents = documents
+        self._num_streams = num_streams
+        self._tokens = None
+
+    def take(self, count: int, oddities: np.ndarray) -> list[np.ndarray]:
+        """The next `count` tokens by document, fewer at the end; adds to `oddities`."""
+        parts = []
+        while count > 0:
+            if self._tokens is None:
+                index = self.number + self._num_streams * self.document
+                if index >= len(self._documents):
+                    break
+                self._tokens, found = self._documents[index]
+                if not self.used:
+                    oddities += found
+            part = self._tokens[self.used : self.used + count]
+            if len(part):
+                parts.append(part)
+            self.used += len(part)
+            count -= len(part)
+            if self.used == len(self._tokens):
+                self.document, self.used, self._tokens = self.document + 1, 0, None
+        return parts
