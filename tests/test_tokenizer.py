@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from perceiver_ar_jax.data.tokenizer import (
     ByteTokenizer,
     SentencePieceTokenizer,
+    as_exact,
     load_tokenizer,
     train_sentencepiece,
 )
@@ -86,6 +87,13 @@ def test_xlnets_model_has_its_special_ids(shared_data):
     golden = json.loads((shared_data / "xlnet" / "golden.json").read_text())
     assert golden
     assert xlnet.encode("Hello world") == [17, 11368, 185]
+
+
+def test_exact_changes_only_xlnets_model(trained, shared_data):
+    xlnet = load_tokenizer(shared_data / "xlnet" / "spiece.model", exact=True)
+    assert type(xlnet) is not SentencePieceTokenizer
+    assert as_exact(xlnet) is xlnet
+    assert as_exact(trained) is trained
 
 
 def test_lone_surrogates_are_replaced_not_fatal(trained):

@@ -91,6 +91,10 @@ class SentencePieceTokenizer:
         _check_ids(ids, self.vocab_size)
         return self._processor.decode(ids)
 
+    def piece(self, token_id: int) -> str:
+        """How the model spells a token."""
+        return self._processor.id_to_piece(token_id)
+
     def save(self, folder: str | Path) -> Path:
         """Writes the model as it was read; returns the file's path."""
         path = Path(folder) / SENTENCEPIECE_FILE
@@ -169,16 +173,13 @@ def load_tokenizer(source: str | Path, *, exact: bool = False, vocab_size: int |
 
 
 def as_exact(tokenizer):
-    """The tokenizer that gives the reference's ids: for a plain XLNet model the exact one.
+    """For a plain XLNet model the tokenizer with Hugging Face's ids; any other as it is."""
+    from perceiver_ar_jax.data.xlnet import SPECIAL_PIECES, XLNetTokenizer
 
-    Raises:
-      ValueError: a SentencePiece model other than XLNet's, for which there is no such tokenizer.
-    """
-    from perceiver_ar_jax.data.xlnet import XLNetTokenizer
-
-    if type(tokenizer) is SentencePieceTokenizer:
-        return XLNetTokenizer(tokenizer.path)
-    return tokenizer
+    if type(tokenizer) is not SentencePieceTokenizer or tokenizer.vocab_size < len(SPECIAL_PIECES):
+        return tokenizer
+    pieces = tuple(tokenizer.piece(i) for i in range(len(SPECIAL_PIECES)))
+    return XLNetTokenizer(tokenizer.path) if pieces == SPECIAL_PIECES else tokenizer
 
 
 def _load(source: str | Path, exact: bool):
@@ -201,11 +202,8 @@ def _load(source: str | Path, exact: bool):
         from perceiver_ar_jax.data.hf_tokenizer import HFTokenizer
 
         return HFTokenizer(path)
-    if exact:
-        from perceiver_ar_jax.data.xlnet import XLNetTokenizer
-
-        return XLNetTokenizer(path)
-    return SentencePieceTokenizer(path)
+    tokenizer = SentencePieceTokenizer(path)
+    return as_exact(tokenizer) if exact else tokenizer
 
 
 def _names_byte_tokenizer(path: Path) -> bool:
