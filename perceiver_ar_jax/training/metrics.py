@@ -1,0 +1,74 @@
+"""Where the numbers of a run go: metrics.jsonl, TensorBoard and the terminal."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import rich.progress
+
+
+class MetricsWriter:
+    """Appends to `metrics.jsonl`, the source of truth, and to `tensorboard/`."""
+
+    def __init__(self, workdir: Path):
+        from tensorboardX import SummaryWriter
+
+        self._file = (workdir / "metrics.jsonl").open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One line, {"step": …, "train/loss": …}; numbers that are not finite become strings."""
+        line = {name: x if math.isfinite(x) else str(x) for name, x in values.items()}
+        self._file.write(json.dumps({"step": step, **line}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def write_text(self, step: int, name: str, text: str) -> None:
+        """A text for TensorBoard."""
+        self._tensorboard.add_text(name, f"```\n{text}\n```", step)
+
+    def close(self) -> None:
+        """Flushes and closes both."""
+        self._file.close()
+        self._tensorboard.close()
+
+
+class Progress:
+    """One live line with ETA on a terminal, plain lines in a pipe."""
+
+    def __init__(self, step: int, total: int):
+        self._total, self._first, self._start = total, step, time.monotonic()
+        self._console = rich.console.Console(file=sys.stdout, highlight=False)
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("step {task.completed}/{task.total}"),
+            rich.progress.BarColumn(),
+            rich.progress.TextColumn("{task.fields[text]}"),
+            rich.progress.TimeElapsedColumn(),
+            rich.progress.TextColumn("ETA"),
+            rich.progress.TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("train", total=total, completed=step, text="compiling")
+        self._bar.start()
+
+    def update(self, step: int, text: str) -> None:
+        """Shows where the run is; in a pipe, a line."""
+        self._bar.update(self._task, completed=step, text=text)
+        if not self._console.is_terminal and step > self._first:
+            seconds = time.monotonic() - self._start
+            left = seconds / (step - self._first) * (self._total - step)
+            minutes, seconds = divmod(round(left), 60)
+            print(f"step {step}/{self._total}  {text}  ETA {minutes}:{seconds:02d}", flush=True)
+
+    def print(self, text: str) -> None:
+        """A line above the live one."""
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Leaves the last state of the line standing."""
+        self._bar.stop()
