@@ -10,7 +10,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from perceiver_ar_jax.data.clean_up import REPLACEMENTS, clean_up
+from perceiver_ar_jax.data.clean_up import clean_up
 from perceiver_ar_jax.data.tokenizer import SentencePieceTokenizer, _check_ids
 
 SPECIAL_PIECES = (  # their places in the model are their ids
@@ -44,7 +44,7 @@ class XLNetTokenizer(SentencePieceTokenizer):
       ValueError: the path is missing or is no XLNet model.
     """
 
-    replacements = REPLACEMENTS  # what `decode` does to `decode_raw`'s text
+    cleans_up = True  # `decode` is `clean_up` of `decode_raw`
 
     def __init__(self, path: str | Path, *, split_special_tokens: bool = False):
         super().__init__(path)
@@ -132,14 +132,11 @@ class _Unigram:
         usable = ids if with_special else ids[len(SPECIAL_PIECES) :]
         pieces = {self.pieces[i]: (scores[i], i) for i in usable}
         self._unknown = (min(scores) - 10, UNK_ID)
-        self._scored = (
-            {  # all that a piece begins with, so that a search knows when to end
-                piece[:end]: (-math.inf, UNK_ID) if end > 1 else self._unknown
-                for piece in pieces
-                for end in range(1, len(piece))
-            }
-            | pieces
-        )
+        beginnings = {piece[:end] for piece in pieces for end in range(1, len(piece))}
+        self._scored = pieces | {  # beginnings tell the search below how far it pays to look
+            text: (-math.inf, UNK_ID) if len(text) > 1 else self._unknown
+            for text in beginnings - pieces.keys()
+        }
         self.encode_word = functools.lru_cache(CACHED_WORDS)(self._best_path)
 
     def _best_path(self, word: str) -> tuple[int, ...]:
