@@ -1,8 +1,10 @@
 """Files as random-access records: `len(file)` and `file.read(i)`, which gives bytes."""
 
 import hashlib
+import itertools
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ class ArrayRecordFile:
     """One ArrayRecord shard.
 
     Raises:
-      ValueError: the file is no complete ArrayRecord file.
+      ValueError: the file is no intact ArrayRecord file.
     """
 
     def __init__(self, path: str):
@@ -67,10 +69,16 @@ class TFRecordFile:
         """Record `i`, its checksum verified."""
         start, end = int(self._offsets[i]), int(self._offsets[i + 1])
         self._file.seek(start + 12)
-        data = self._file.read(end - start - 12)
-        if masked_crc32c(data[:-4]) != int.from_bytes(data[-4:], "little"):
-            raise ValueError(f"{self._path}: wrong checksum of record {i} at byte {start}")
-        return data[:-4]
+        return _verified(self._path, start, self._file.read(end - start - 12))
+
+
+def tfrecords(path: str) -> Iterator[bytes]:
+    """The records of a TFRecord file one after the other, checksums verified, without an index."""
+    size = epath.Path(path).stat().length
+    with epath.Path(path).open("rb") as file:
+        for start, end in itertools.pairwise(_record_ends(path, size)):
+            file.seek(start + 12)
+            yield _verified(path, start, file.read(end - start - 12))
 
 
 class LineFile:
@@ -166,7 +174,13 @@ def _record_ends(path: str, size: int):
             yield position
 
 
+def _verified(path: str, start: int, data: bytes) -> bytes:
+    if masked_crc32c(data[:-4]) != int.from_bytes(data[-4:], "little"):
+        raise ValueError(f"{path}: wrong checksum of the record at byte {start}")
+    return data[:-4]
+
+
 def _damaged(path: str, kind: str, reason) -> str:
     reason = str(reason).strip().splitlines()[0] if str(reason).strip() else "truncated or empty"
     size = epath.Path(path).stat().length if epath.Path(path).exists() else 0
-    return f"{path} ({size:,} bytes) is no complete {kind} file: {reason}"
+    return f"{path} ({size:,} bytes) is no intact {kind} file: {reason}"

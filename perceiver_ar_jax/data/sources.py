@@ -160,12 +160,16 @@ def _parse_example(record: bytes, is_last: bool) -> Text:
 
 
 def _parse_jsonl(line: bytes, is_last: bool) -> Text:
+    if not line.strip():
+        return Text("")
+    whole = _decoded(line)
     try:
-        valid = _decoded(line)
-        text = json.loads(valid.text)["text"]
+        text = json.loads(whole.text)["text"]
     except (json.JSONDecodeError, TypeError, KeyError):
-        return Text("", is_malformed=bool(line.strip()))
-    return Text(text if isinstance(text, str) else "", is_valid_utf8=valid.is_valid_utf8)
+        text = None
+    if not isinstance(text, str):
+        return Text("", is_malformed=True)
+    return whole._replace(text=text)
 
 
 def _parse_text(piece: bytes, is_last: bool) -> Text:
