@@ -52,6 +52,8 @@ def evaluate(
     for arrays in batches:
         batch = Batch(arrays["tokens"], arrays["targets"], arrays["pad_mask"])
         sums.append(step(params, *to_device((batch, arrays["weights"]))))
+    if not sums:
+        raise ValueError("there is no text to evaluate on")
     nats, tokens = np.sum([[float(x) for x in pair] for pair in sums], axis=0)
     return Evaluation(loss=nats / tokens, num_tokens=round(tokens), num_bytes=num_bytes)
 

@@ -146,8 +146,4 @@ def _load_reference(source):
 def _load_tokenizer(folder: Path):
     from perceiver_ar_jax.data.tokenizer import as_exact, load_tokenizer
 
-    tokenizer = load_tokenizer(folder)
-    try:
-        return as_exact(tokenizer)
-    except ValueError:  # not XLNet's: exact as it is
-        return tokenizer
+    return as_exact(load_tokenizer(folder))

@@ -1,0 +1,114 @@
+"""What a run says while it goes: losses and speeds per window of steps, evaluations, samples."""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optax
+
+from perceiver_ar_jax.training.metrics import MetricsWriter, Progress
+
+
+class NonFiniteError(Exception):
+    """The loss or the gradient is no number any more; the message names metric and step."""
+
+
+class Report:
+    """Collects the metrics of steps and writes them every `log_every` steps.
+
+    Metrics are read when the step after theirs is under way, so that reading never keeps the
+    device waiting.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        step: int,
+        total_steps: int,
+        log_every: int,
+        learning_rate: optax.Schedule,
+    ):
+        self._workdir, self._log_every = workdir, log_every
+        self._learning_rate = learning_rate
+        self._writer = MetricsWriter(workdir)
+        self._progress = Progress(step, total_steps)
+        self._eval_text = ""
+        self._compiled = False
+        self._start_window()
+
+    def timed_wait(self, function: Callable[[], Any]) -> Any:
+        """Calls the function and counts its time as waiting for data."""
+        start = time.monotonic()
+        result = function()
+        self._waited += time.monotonic() - start
+        return result
+
+    def read(self, step: int, metrics: dict[str, Any], read_tokens: int) -> None:
+        """Takes in the metrics of a finished step.
+
+        Raises:
+          NonFiniteError: if the loss or the gradient norm is not finite.
+        """
+        values = {name: float(value) for name, value in metrics.items()}
+        self._losses.append(values["loss"])
+        self._read_tokens += read_tokens
+        self._trained_tokens += values["tokens"]
+        finite = all(map(math.isfinite, values.values()))
+        if step % self._log_every == 0 or not finite:
+            self._write_window(step, values)
+        if not finite:
+            name = next(name for name, value in values.items() if not math.isfinite(value))
+            raise NonFiniteError(f"{name} is {values[name]} at step {step}")
+        if not self._compiled:  # the first step's time is the compiler's
+            self._compiled = True
+            self._start_window()
+
+    def evaluation(self, step: int, loss: float, bits_per_byte: float) -> None:
+        """Writes the result of an evaluation."""
+        self._writer.write(step, {"eval/loss": loss, "eval/bits_per_byte": bits_per_byte})
+        self._eval_text = f"  eval {loss:.3f} nats, {bits_per_byte:.3f} bits/byte"
+        self._progress.update(step, self._eval_text.strip())
+        self._start_window()
+
+    def sample(self, step: int, text: str) -> None:
+        """Writes a text that the model made."""
+        folder = self._workdir / "samples"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{step:08d}.txt").write_text(text + "\n", encoding="utf-8")
+        self._writer.write_text(step, "sample", text)
+        self._progress.print(f"sample at step {step}: {text!r}")
+        self._start_window()
+
+    def close(self) -> None:
+        """Closes files and the live line."""
+        self._progress.close()
+        self._writer.close()
+
+    def _write_window(self, step, values):
+        seconds, steps = time.monotonic() - self._start, len(self._losses)
+        loss = sum(self._losses) / steps
+        trained_per_second = self._trained_tokens / seconds
+        self._writer.write(
+            step,
+            {
+                "train/loss": loss,
+                "optim/learning_rate": float(self._learning_rate(step - 1)),
+                "optim/grad_norm": values["grad_norm"],
+                "perf/step_ms": 1000 * seconds / steps,
+                "perf/tokens_per_sec": self._read_tokens / seconds,
+                "perf/trained_tokens_per_sec": trained_per_second,
+                "data/wait_share": self._waited / seconds,
+            },
+        )
+        text = f"loss {loss:.3f}  {trained_per_second:,.0f} trained tokens/s{self._eval_text}"
+        self._progress.update(step, text)
+        self._start_window()
+
+    def _start_window(self):
+        self._start = time.monotonic()
+        self._waited = 0.0
+        self._losses = []
+        self._read_tokens = self._trained_tokens = 0
