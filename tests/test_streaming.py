@@ -10,20 +10,7 @@ from perceiver_ar_jax.data.streaming import TextStream
 from perceiver_ar_jax.data.tokenizer import ByteTokenizer, train_sentencepiece
 from perceiver_ar_jax.data.xlnet import XLNetTokenizer
 
-WORDS = [
-    "The",
-    "boat",
-    "isn't",
-    "far,",
-    "we've",
-    "“quoted”",
-    "naïve",
-    "日本語",
-    "😀",
-    "don",
-    "'",
-    ".",
-]
+WORDS = ["The", "boat", "isn't", "far,", "we've", "“quoted”", "naïve", "日本語", "😀", "'", "."]
 FALLBACK_PIECES = [f"<0x{byte:02X}>" for byte in range(256)] + ["▁", "▁The", "▁n", "'", "t", "."]
 
 
