@@ -12,7 +12,7 @@ from perceiver_ar_jax.model.positions import Rotation, rotate
 
 
 class Embedding(nn.Module):
-    """A table of vectors, (rows, D); gives them in the config's dtype."""
+    """A table of vectors, (rows, D); gives them in float32, as the residual stream stays."""
 
     rows: int
     config: PerceiverARConfig
@@ -25,7 +25,7 @@ class Embedding(nn.Module):
 
     def __call__(self, indices: jax.Array) -> jax.Array:
         """Rows of the table, (..., D)."""
-        return self.embedding[indices].astype(self.config.dtype)
+        return jnp.asarray(self.embedding)[indices].astype(jnp.float32)
 
 
 class Dense(nn.Module):
