@@ -7,7 +7,11 @@ from hypothesis import strategies as st
 
 from perceiver_ar_jax.data.hf_tokenizer import HFTokenizer
 from perceiver_ar_jax.data.streaming import TextStream
-from perceiver_ar_jax.data.tokenizer import ByteTokenizer, train_sentencepiece
+from perceiver_ar_jax.data.tokenizer import (
+    ByteTokenizer,
+    SentencePieceTokenizer,
+    train_sentencepiece,
+)
 from perceiver_ar_jax.data.xlnet import XLNetTokenizer
 
 WORDS = ["The", "boat", "isn't", "far,", "we've", "“quoted”", "naïve", "日本語", "😀", "'", "."]
@@ -23,6 +27,12 @@ def sentencepiece_tokenizer(tmp_path_factory):
 @pytest.fixture(scope="module")
 def xlnet_tokenizer(shared_data):
     return XLNetTokenizer(shared_data / "xlnet" / "spiece.model")
+
+
+@pytest.fixture(scope="module")
+def plain_xlnet_tokenizer(shared_data):
+    """Drops the text's first blank, and prints control pieces as nothing."""
+    return SentencePieceTokenizer(shared_data / "xlnet" / "spiece.model")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +74,7 @@ def byte_fallback_tokenizer(tmp_path_factory):
     return write_tokenizer(tmp_path_factory.mktemp("byte_fallback"), tokenizer)
 
 
-TOKENIZERS = ["bytes", "sentencepiece", "xlnet", "byte_level", "byte_fallback"]
+TOKENIZERS = ["bytes", "sentencepiece", "plain_xlnet", "xlnet", "byte_level", "byte_fallback"]
 
 
 @pytest.fixture(params=TOKENIZERS, scope="module")
@@ -131,6 +141,12 @@ def test_a_run_of_byte_pieces_waits_for_its_end(byte_fallback_tokenizer):
     parts = [stream.push(i) for i in (first, second, FALLBACK_PIECES.index("t"))]
     assert parts == ["", "", "ét"]
     assert streamed(byte_fallback_tokenizer, [first, second, first]) == ["", "", "", "\ufffd" * 3]
+
+
+def test_a_blank_after_many_silent_ids_stays(plain_xlnet_tokenizer):
+    ids = plain_xlnet_tokenizer.encode("The boat")
+    ids = ids + [plain_xlnet_tokenizer.eos_id] * 100 + ids
+    assert "".join(streamed(plain_xlnet_tokenizer, ids)) == "The boat The boat"
 
 
 def test_flush_begins_another_text(xlnet_tokenizer):

@@ -31,7 +31,7 @@ class TextStream:
         new = settled[self._returned :]
         self._returned = len(settled)
         if len(self._ids) >= FORGET_AT and settled == text:
-            self._forget(text)
+            self._forget()
         return self._replace(new)
 
     def flush(self) -> str:
@@ -47,16 +47,12 @@ class TextStream:
         replacements = REPLACEMENTS if self._cleans_up else ()
         self._replacements = [_StreamedReplacement(old, new) for old, new in replacements]
 
-    def _forget(self, text: str) -> None:
-        """Drops the oldest ids, where the others' text is the same without them.
-
-        Except at its beginning, which may be within a character or miss the first blank.
-        """
-        kept = self._decode(self._ids[-KEPT:])
-        certain = kept.lstrip("\ufffd")
-        if certain and text.endswith(certain):
-            self._ids = self._ids[-KEPT:]
-            self._returned = len(kept)
+    def _forget(self) -> None:
+        """Drops the oldest ids; with no text left the next piece would be taken for the first."""
+        kept = self._ids[-KEPT:]
+        if text := self._decode(kept):
+            self._ids = kept
+            self._returned = len(text)
 
     def _replace(self, text: str, last: bool = False) -> str:
         for replacement in self._replacements:

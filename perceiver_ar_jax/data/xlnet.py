@@ -49,7 +49,7 @@ class XLNetTokenizer(SentencePieceTokenizer):
     def __init__(self, path: str | Path, *, split_special_tokens: bool = False):
         super().__init__(path)
         self.split_special_tokens = split_special_tokens
-        first = [self._processor.id_to_piece(i) for i in range(min(self.vocab_size, 9))]
+        first = [self.piece(i) for i in range(min(self.vocab_size, 9))]
         if tuple(first) != SPECIAL_PIECES:
             raise ValueError(f"{path} is no XLNet model: its pieces begin with {' '.join(first)}")
 
