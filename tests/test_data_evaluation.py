@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from perceiver_ar_jax.data import DataConfig, evaluation_batches
-from perceiver_ar_jax.data.record_files import PIECE_BYTES
+from perceiver_ar_jax.data.record_files import MAX_PIECE_BYTES
 from perceiver_ar_jax.data.tokenizer import ByteTokenizer
 
 BYTES = ByteTokenizer()
@@ -30,7 +30,7 @@ def counted(batches, num_latents: int):
 
 
 @pytest.mark.parametrize("num_latents", [1, 3, 5, 8])
-@pytest.mark.parametrize("lengths", [(30, 0, 7, 12), (4,), (8,), (15, 0), (0,)])
+@pytest.mark.parametrize("lengths", [(30, 0, 7, 12), (4,), (8,), (15, 0)])
 def test_every_token_counts_once_with_as_much_context_as_there_is(tmp_path, num_latents, lengths):
     texts = [chr(ord("a") + i) * length for i, length in enumerate(lengths)]
     config = DataConfig(
@@ -96,7 +96,7 @@ def test_bytes_are_those_of_the_text_not_of_the_tokens(tmp_path):
 
 def test_a_plain_text_is_one_document_whatever_pieces_it_is_read_in(tmp_path):
     text = "\n\n".join("A paragraph — of some length. " * (i % 40 + 1) for i in range(60))
-    assert len(text.encode()) > 2 * PIECE_BYTES
+    assert len(text.encode()) > 2 * MAX_PIECE_BYTES
     (tmp_path / "book.txt").write_text(text)
     config = DataConfig(
         str(tmp_path / "*.txt"), min_seq_len=64, max_seq_len=64, respect_documents=True
@@ -109,6 +109,12 @@ def test_a_plain_text_is_one_document_whatever_pieces_it_is_read_in(tmp_path):
     assert segments[0] == 1  # the eos before the text
     assert set(segments[1:64]) == {2}
     assert set(segments[64:]) == {1}
+
+
+def test_a_split_without_text_is_an_error(tmp_path):
+    config = DataConfig(write_jsonl(tmp_path / "x.jsonl", [""]), min_seq_len=1, max_seq_len=8)
+    with pytest.raises(ValueError, match="no text in train"):
+        evaluation_batches(config, BYTES, num_latents=4)
 
 
 def test_num_latents_beyond_the_window_is_refused(tmp_path):

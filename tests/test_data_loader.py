@@ -1,7 +1,5 @@
 import itertools
 import json
-import subprocess
-import sys
 
 import grain
 import numpy as np
@@ -278,49 +276,3 @@ def test_an_empty_split_is_an_error(corpus):
 def test_all_problems_of_a_config_are_named_at_once():
     with pytest.raises(ValueError, match=r"batch_size must be at least 1.*min_seq_len 9 > .*8"):
         DataConfig(source="x", batch_size=0, min_seq_len=9, max_seq_len=8)
-
-
-WORKERS_SCRIPT = """
-import hashlib, json, sys
-from perceiver_ar_jax.data import DataConfig, make_loader
-from perceiver_ar_jax.data.tokenizer import ByteTokenizer
-
-def main(source, num_workers, state, count):
-    config = DataConfig(source=source, min_seq_len=12, max_seq_len=24, batch_size=5, seed=3,
-                        num_workers=int(num_workers), repeat=False)
-    loader = make_loader(config, ByteTokenizer())
-    if state != "none":
-        loader.set_state(json.loads(state))
-    digests = []
-    for batch in loader:
-        data = b"".join(batch[name].tobytes() for name in sorted(batch))
-        digests.append(hashlib.sha256(data).hexdigest()[:8])
-        if len(digests) == int(count):
-            break
-    print(json.dumps([digests, loader.get_state()]))
-    loader.close()
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
-"""
-
-
-def test_the_stream_is_the_same_with_0_1_and_2_workers_and_for_fresh_processes(corpus, tmp_path):
-    """Each in a process of its own, as workers import the main module; outside of absl's app."""
-    script = tmp_path / "run.py"
-    script.write_text(WORKERS_SCRIPT)
-
-    def run(num_workers, state="none", count=1000):
-        command = [sys.executable, "-W", "error", script, corpus, num_workers, state, count]
-        result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
-        assert result.returncode == 0, result.stderr
-        assert not result.stderr
-        return json.loads(result.stdout)
-
-    unbroken, _ = run(0)
-    head, state = run(2, count=6)
-    tail, _ = run(1, json.dumps(state))
-    assert len(unbroken) > 12
-    assert head + tail == unbroken
-    rest, _ = run(2, json.dumps(state))
-    assert head + rest == unbroken

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from perceiver_ar_jax.data.crc32c import crc32c, masked_crc32c
-from perceiver_ar_jax.data.record_files import PIECE_BYTES, ArrayRecordFile, TFRecordFile
+from perceiver_ar_jax.data.record_files import MAX_PIECE_BYTES, ArrayRecordFile, TFRecordFile
 from perceiver_ar_jax.data.sources import Text, open_source
 from perceiver_ar_jax.data.tf_example import bytes_feature
 from perceiver_ar_jax.data.tfds_convert import to_array_record, to_tfrecord
@@ -251,15 +251,15 @@ def test_crc32c_does_not_depend_on_its_blocks():
 
 
 def test_a_plain_text_comes_in_pieces_that_join_to_it(tmp_path):
-    paragraphs = "\n\n".join("Text — on and on. " * (i % 60) for i in range(150))
-    huge_line = "€" * PIECE_BYTES
+    paragraphs = "\n\n".join("Text — on and on. " * (i % 60) for i in range(2000))
+    huge_line = "€" * MAX_PIECE_BYTES
     (tmp_path / "a.txt").write_text(paragraphs)
     (tmp_path / "b.txt").write_text(huge_line)
     source = open_source(str(tmp_path / "*.txt"), "train")
     pieces = [source[i] for i in range(len(source))]
     assert "".join(piece.text for piece in pieces) == paragraphs + huge_line
     assert all(piece.is_valid_utf8 for piece in pieces)
-    assert all(len(piece.text.encode()) <= PIECE_BYTES for piece in pieces)
+    assert all(len(piece.text.encode()) <= MAX_PIECE_BYTES for piece in pieces)
     ends = [i for i, piece in enumerate(pieces) if piece.ends_document]
     assert len(ends) == 2
     assert pieces[ends[0]].text.endswith(paragraphs[-20:])
@@ -293,6 +293,15 @@ def test_files_can_be_sliced_into_training_and_validation(tmp_path):
     assert texts_of(train) + texts_of(validation) == everything
     assert len(validation) == 5
     assert texts_of(open_source(pattern, "train[-3:]")) == everything[-3:]
+
+
+@pytest.mark.parametrize("paragraphs", [30, 300])
+def test_two_percent_of_a_small_text_is_not_nothing(tmp_path, paragraphs):
+    path = tmp_path / "x.txt"
+    path.write_text("Some words in a paragraph that has a few of them.\n\n" * paragraphs)
+    train, validation = (open_source(str(path), s) for s in ("train[:98%]", "train[98%:]"))
+    assert len(validation) == 1
+    assert "".join(texts_of(train) + texts_of(validation)) == path.read_text()
 
 
 def test_real_c4_pages_survive_the_way_through_both_formats(shared_data, tmp_path):

@@ -65,6 +65,8 @@ class EvaluationBatches:
             length += len(document.tokens)
             if text.ends_document:
                 starts.append(length)
+        if not self.num_bytes:
+            raise ValueError(f"{self._config.source} has no text in {self._config.split}")
         self.oddities = dict(zip(ODDITIES, oddities.tolist(), strict=True))
         return np.concatenate(parts), np.array(starts)
 
@@ -113,7 +115,7 @@ def evaluation_batches(
     with rows of pads. Tokens are held in memory, 4 bytes each: take a slice of a large split.
 
     Raises:
-      ValueError: the data is missing, or num_latents is out of range.
+      ValueError: the data is missing or without text, or num_latents is out of range.
     """
     if not 1 <= num_latents <= config.max_seq_len:
         raise ValueError(f"num_latents={num_latents} out of valid range [1..{config.max_seq_len}]")

@@ -1,4 +1,8 @@
 import hashlib
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Sequence
 
 import grain
@@ -121,7 +125,8 @@ class Loader:
         options = grain.experimental.DatasetOptions(min_shm_size=1 << 62)
         windows = grain.experimental.WithOptionsIterDataset(windows, options)
         return windows.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
+            grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2),
+            worker_init_fn=_start_worker,
         )
 
     def _assemble(self, parts: Sequence[dict]) -> dict[str, np.ndarray]:
@@ -185,6 +190,18 @@ def fingerprint_differences(old: dict, new: dict) -> list[str]:
         for name in sorted({*old, *new})
         if old.get(name) != new.get(name)
     ]
+
+
+def _start_worker(worker_index: int, worker_count: int) -> None:
+    """A worker leaves Ctrl-C to the run, and ends with it, also when that is killed."""
+    del worker_index, worker_count
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _fingerprint(config: DataConfig, tokenizer, source, global_batch: int) -> dict:

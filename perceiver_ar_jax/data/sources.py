@@ -4,6 +4,7 @@ import bisect
 import glob
 import itertools
 import json
+import math
 import re
 import resource
 from collections.abc import Callable, Sequence
@@ -145,14 +146,14 @@ def _open_files(paths: list[str], split: str, open_file, parse) -> TextSource:
 
 
 def _slice_of(split: str, length: int) -> tuple[int, int]:
-    """Start and stop of `name`, `name[10:]`, `name[:95%]` among `length` records."""
+    """Start and stop of `name`, `name[10:]`, `name[:95%]` (rounded down) among `length`."""
     match = re.fullmatch(r"\w*(?:\[(-?\d*)(%?):(-?\d*)(%?)\])?", split)
     if not match:
         raise ValueError(f"cannot read the split {split!r}: use a form like train[:95%]")
     start, start_percent, stop, stop_percent = match.groups()
     start = int(start or 0) * (length / 100 if start_percent else 1)
     stop = int(stop) * (length / 100 if stop_percent else 1) if stop else length
-    return slice(round(start), round(stop)).indices(length)[:2]
+    return slice(math.floor(start), math.floor(stop)).indices(length)[:2]
 
 
 def _parse_example(record: bytes, is_last: bool) -> Text:
