@@ -1,0 +1,27 @@
+"""Makes the quickstart's text and tokenizer; what is there already stays."""
+
+import argparse
+from pathlib import Path
+
+from perceiver_ar_jax.data.corpus import prepare_corpus
+from perceiver_ar_jax.data.sources import open_source
+from perceiver_ar_jax.data.tokenizer import train_sentencepiece
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data_dir", type=Path, required=True)
+    parser.add_argument("--vocab_size", type=int, default=4096)
+    arguments = parser.parse_args()
+    corpus = prepare_corpus(arguments.data_dir)
+    source = open_source(str(corpus), "train")
+    model = arguments.data_dir / "tokenizer.model"
+    if not model.is_file():
+        texts = (source[i].text for i in range(len(source)))
+        train_sentencepiece(texts, model, arguments.vocab_size)
+    size = sum(len(source[i].text) for i in range(len(source)))
+    print(f"{len(source):,} documents, {size:,} characters in {corpus}; tokenizer {model}")
+
+
+if __name__ == "__main__":
+    main()
