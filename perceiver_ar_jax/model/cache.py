@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from perceiver_ar_jax.config import PerceiverARConfig
-
 
 class KeysValues(NamedTuple):
     """Keys and values of one attention layer, (B, K, N, H) each; keys are rotated."""
@@ -43,26 +41,28 @@ class Cache:
     length: jax.Array  # columns so far
 
     @classmethod
-    def init(
-        cls,
-        cross: KeysValues,
-        layers: tuple[KeysValues, ...],
-        *,
-        pads_B: jax.Array,
-        max_new_tokens: int,
-        config: PerceiverARConfig,
+    def of_prompt(
+        cls, cross: KeysValues, layers: tuple[KeysValues, ...], pads_B: jax.Array, prefix_len: int
     ) -> "Cache":
-        """Holds a prompt, with room for `max_new_tokens` or for the model's maximum."""
-        columns = cross.k.shape[1]
-        latents = layers[0].k.shape[1] if layers else 0
+        """Holds a prompt that was just read, without room for more."""
         return cls(
-            cross=cross.padded_to(min(columns + max_new_tokens, config.max_seq_len)),
-            layers=tuple(
-                kv.padded_to(min(latents + max_new_tokens, config.max_latents)) for kv in layers
-            ),
+            cross=cross,
+            layers=layers,
             pads_B=pads_B,
-            first_latent=jnp.int32(columns - latents),
-            length=jnp.int32(columns),
+            first_latent=jnp.int32(prefix_len),
+            length=jnp.int32(cross.k.shape[1]),
+        )
+
+    @property
+    def num_latents(self) -> jax.Array:
+        """Latents read so far, those that have become prefix included."""
+        return self.length - self.first_latent
+
+    def with_room(self, *, columns: int, latents: int) -> "Cache":
+        """A prompt's cache with empty slots for what follows, so many slots in all."""
+        return self.replace(
+            cross=self.cross.padded_to(columns),
+            layers=tuple(kv.padded_to(latents) for kv in self.layers),
         )
 
     def take(self, rows_B: jax.Array) -> "Cache":
@@ -80,7 +80,7 @@ class Cache:
     def layer_slot_and_mask(self) -> tuple[jax.Array, jax.Array]:
         """Where the next latent goes in each of `layers`, and what it sees there, (B, 1, A)."""
         capacity = self.layers[0].k.shape[1] if self.layers else 1
-        latent = self.length - self.first_latent
+        latent = self.num_latents
         columns_A = self.first_latent + _newest_columns(latent, capacity)
         first_B = jnp.maximum(self.pads_B, self.first_latent)
         return latent % capacity, (columns_A >= first_B[:, None])[:, None]

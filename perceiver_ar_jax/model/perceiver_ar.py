@@ -80,36 +80,33 @@ class PerceiverAR(nn.Module):
         x_BLD, _, *inner = self._read(tokens_BS, prefix_len, pad_mask, deterministic)
         return self._normed(self._layers(x_BLD, *inner, deterministic))
 
-    def logits(self, hidden_BLD: jax.Array) -> jax.Array:
-        """The head, tied to the token embedding: (B, L, D) to (B, L, V) float32."""
-        embedding_VD = self.token_embedding.embedding.astype(hidden_BLD.dtype)
+    def logits(self, hidden_BLD: jax.Array, embedding_DV: jax.Array | None = None) -> jax.Array:
+        """The head, tied to the token embedding: (B, L, D) to (B, L, V) float32.
+
+        Decoding passes `embedding_DV`, made once by `transposed_embedding`.
+        """
+        if embedding_DV is None:
+            embedding_DV = self.transposed_embedding()
         logits_BLV = jnp.einsum(
-            "BLD,VD->BLV", hidden_BLD, embedding_VD, preferred_element_type=jnp.float32
+            "BLD,DV->BLV", hidden_BLD, embedding_DV, preferred_element_type=jnp.float32
         )
         return logits_BLV + self.output_bias if self.config.output_bias else logits_BLV
 
+    def transposed_embedding(self) -> jax.Array:
+        """The token embedding as the head reads it fastest for one position at a time, (D, V)."""
+        return self.token_embedding.embedding.astype(self.config.dtype).T
+
     def prefill(
-        self,
-        tokens_BS: jax.Array,
-        prefix_len: int,
-        pad_mask: jax.Array | None = None,
-        *,
-        max_new_tokens: int,
+        self, tokens_BS: jax.Array, prefix_len: int, pad_mask: jax.Array | None = None
     ) -> tuple[jax.Array, Cache]:
-        """Reads a prompt: hidden states (B, L, D), and the cache for `decode_step`."""
-        x_BLD, cross, rotation_1L, mask_BLL = self._read(tokens_BS, prefix_len, pad_mask)
+        """Reads a prompt: hidden states (B, L, D), and a cache that holds just the prompt."""
+        x_BLD, cross, rotation_BL, mask_BLL = self._read(tokens_BS, prefix_len, pad_mask)
         layers = []
         for index, layer in enumerate(self.self_attention):
-            x_BLD, kv = layer(x_BLD, self._rotation_of(index, rotation_1L), mask_BLL)
+            x_BLD, kv = layer(x_BLD, self._rotation_of(index, rotation_BL), mask_BLL)
             layers.append(kv)
-        cache = Cache.init(
-            cross,
-            tuple(layers),
-            pads_B=jnp.zeros(len(tokens_BS), jnp.int32) if pad_mask is None else pad_mask.sum(1),
-            max_new_tokens=max_new_tokens,
-            config=self.config,
-        )
-        return self._normed(x_BLD), cache
+        pads_B = jnp.zeros(len(tokens_BS), jnp.int32) if pad_mask is None else pad_mask.sum(1)
+        return self._normed(x_BLD), Cache.of_prompt(cross, tuple(layers), pads_B, prefix_len)
 
     def decode_step(self, tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Reads one more token a row: its hidden state (B, D), and the cache with it inside.
@@ -202,7 +199,7 @@ class PerceiverAR(nn.Module):
         return x_BSD
 
     def _normed(self, x_BLD):
-        return self.out_norm(x_BLD) if self.config.output_norm else x_BLD
+        return self.out_norm(x_BLD) if self.config.output_norm else x_BLD.astype(self.config.dtype)
 
 
 def init_params(model: PerceiverAR, key: jax.Array) -> dict:

@@ -1,0 +1,215 @@
+"""Continues prompts: `generate`, token by token with `stream`, from a prompt read once."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from perceiver_ar_jax.generation import prompt as prompts
+from perceiver_ar_jax.generation.loop import Decoder, continue_until
+from perceiver_ar_jax.generation.options import Options
+from perceiver_ar_jax.generation.policies import Context
+from perceiver_ar_jax.model import PerceiverAR
+
+
+class Prefilled(NamedTuple):
+    """A prompt that the model has read; `generate` continues it any number of times."""
+
+    prompt_BS: np.ndarray
+    context: Context
+
+
+class Generated(NamedTuple):
+    """Prompt and new tokens, (B, S + T), and the log-probability of each new token, (B, T)."""
+
+    tokens: np.ndarray
+    log_probs: np.ndarray
+
+
+def generate(
+    model: PerceiverAR,
+    params: Any,
+    prompt: np.ndarray | Sequence[Sequence[int]] | Prefilled,
+    *,
+    num_latents: int = 1,
+    pad_mask: np.ndarray | None = None,
+    **options,
+) -> np.ndarray:
+    """Prompt and continuation, (B, S + max_new_tokens) int32; ended rows are filled with pads.
+
+    One jitted prefill, then one jitted loop; prompts of similar lengths share a compilation.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      prompt: token ids, (B, S); or lists of token ids of any lengths, which are padded on the
+        left; or what `prefill` returned.
+      num_latents: how many of the prompt's last positions are latents at the start.
+      pad_mask: (B, S), True at the pads of a left-padded array.
+      **options: how to continue, see `Options`: max_new_tokens, do_sample, temperature, top_k,
+        top_p, min_p, repetition_penalty, num_return_sequences, eos_token_id, pad_token_id,
+        policy, rng.
+
+    Raises:
+      ValueError: if a length, a token id or an option is out of range.
+      TypeError: naming an option that does not exist.
+
+    Source: `PerceiverCausalSequenceModel.generate` of perceiver-io 0.11.
+    """
+    return generate_with_log_probs(
+        model, params, prompt, num_latents=num_latents, pad_mask=pad_mask, **options
+    ).tokens
+
+
+def generate_with_log_probs(
+    model: PerceiverAR,
+    params: Any,
+    prompt: np.ndarray | Sequence[Sequence[int]] | Prefilled,
+    *,
+    num_latents: int = 1,
+    pad_mask: np.ndarray | None = None,
+    **options,
+) -> Generated:
+    """`generate`, and the log-probability of each new token; 0 after a row's end.
+
+    It is the model's own, before penalty and filters.
+    """
+    run = _Run(model, params, prompt, num_latents, pad_mask, Options.of(**options))
+    progress = run.continue_until(run.begin(), run.options.max_new_tokens)
+    return run.result(progress)
+
+
+def stream(
+    model: PerceiverAR,
+    params: Any,
+    prompt: np.ndarray | Sequence[Sequence[int]] | Prefilled,
+    *,
+    num_latents: int = 1,
+    pad_mask: np.ndarray | None = None,
+    **options,
+) -> Iterator[np.ndarray]:
+    """Yields the tokens of `generate` as they come, (B,) int32 each, until all rows have ended.
+
+    Arguments as in `generate`. No token is computed before it is asked for: closing the iterator
+    ends the work and frees its memory.
+    """
+    run = _Run(model, params, prompt, num_latents, pad_mask, Options.of(**options))
+    progress = run.begin()
+    for count in range(1, run.options.max_new_tokens + 1):
+        progress = run.continue_until(progress, count)
+        if progress.count < count:
+            return
+        yield np.asarray(progress.tokens_BT[:, count - 1])
+
+
+def prefill(
+    model: PerceiverAR,
+    params: Any,
+    prompt: np.ndarray | Sequence[Sequence[int]],
+    *,
+    num_latents: int = 1,
+    pad_mask: np.ndarray | None = None,
+) -> Prefilled:
+    """Reads a prompt once, to be continued many times; arguments as in `generate`."""
+    if pad_mask is None and isinstance(prompt, (list, tuple)):
+        prompt, pad_mask = prompts.padded_rows(prompt, pad_token_id=0)
+    prompt_BS = np.asarray(prompt)
+    if prompt_BS.ndim != 2:
+        raise ValueError(f"a prompt is rows of token ids, (B, S), not of shape {prompt_BS.shape}")
+    if pad_mask is None:
+        pad_mask = np.zeros(prompt_BS.shape, bool)
+    padded = prompts.in_bucket(prompt_BS, np.asarray(pad_mask, bool), num_latents, model.config)
+    context = _read(
+        params, padded.tokens_BS, padded.pad_mask_BS, prefix_len=padded.prefix_len, model=model
+    )
+    return Prefilled(prompt_BS.astype(np.int32), context)
+
+
+class _Run:
+    """One call of `generate` or `stream`, between prefill and result."""
+
+    def __init__(self, model, params, prompt, num_latents, pad_mask, options):
+        if not isinstance(prompt, Prefilled):
+            prompt = prefill(model, params, prompt, num_latents=num_latents, pad_mask=pad_mask)
+        self.options = options
+        self.prefilled = prompt
+        self.embedding_DV = _transposed_embedding(params, model=model)
+        self.inputs = (params, self.embedding_DV, options.method, options.ending)
+        self.static = {"model": model, "policy": options.decoding_policy}
+
+    def begin(self):
+        return _begin(
+            *self.inputs,
+            self.prefilled.context,
+            max_new_tokens=prompts.bucket_size(self.options.max_new_tokens),
+            num_return_sequences=self.options.num_return_sequences,
+            **self.static,
+        )
+
+    def continue_until(self, progress, count):
+        return _continue_until(*self.inputs, progress, np.int32(count), **self.static)
+
+    def result(self, progress):
+        new = self.options.max_new_tokens
+        prompt_BS = np.repeat(self.prefilled.prompt_BS, self.options.num_return_sequences, axis=0)
+        tokens_BT, log_probs_BT = (
+            np.asarray(x)[:, :new] for x in (progress.tokens_BT, progress.log_probs_BT)
+        )
+        return Generated(np.concatenate([prompt_BS, tokens_BT], axis=1), log_probs_BT)
+
+
+@functools.partial(jax.jit, static_argnames=("prefix_len", "model"))
+def _read(params, tokens_BS, pad_mask_BS, *, prefix_len, model):
+    hidden_BLD, cache = model.apply(
+        {"params": params}, tokens_BS, prefix_len, pad_mask_BS, method="prefill"
+    )
+    return Context(tokens_BS, hidden_BLD, cache)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _transposed_embedding(params, *, model):
+    # XLA's matrix × vector on CPU is eight times slower with the rows the other way round.
+    return model.apply({"params": params}, method="transposed_embedding")
+
+
+@functools.partial(
+    jax.jit, static_argnames=("max_new_tokens", "num_return_sequences", "model", "policy")
+)
+def _begin(
+    params,
+    embedding_DV,
+    method,
+    ending,
+    context,
+    *,
+    max_new_tokens,
+    num_return_sequences,
+    model,
+    policy,
+):
+    rows_B = jnp.repeat(jnp.arange(len(context.tokens_BS)), num_return_sequences)
+    context = context.take(rows_B)
+    return method.begin(
+        _decoder(params, embedding_DV, model, policy),
+        context,
+        policy.start(context, max_new_tokens, model.config),
+        ending=ending,
+        max_new_tokens=max_new_tokens,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("model", "policy"), donate_argnames="progress")
+def _continue_until(params, embedding_DV, method, ending, progress, count, *, model, policy):
+    decoder = _decoder(params, embedding_DV, model, policy)
+    return continue_until(decoder, method, progress, ending, count)
+
+
+def _decoder(params, embedding_DV, model, policy):
+    def head(hidden_BD):
+        hidden_B1D = hidden_BD[:, None]
+        return model.apply({"params": params}, hidden_B1D, embedding_DV, method="logits")[:, 0]
+
+    return Decoder(functools.partial(policy.step, model, params), head)

@@ -1,0 +1,115 @@
+"""The arguments of `generate`, checked, and the search method they describe."""
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from perceiver_ar_jax.generation.loop import Ending, TokenByToken
+from perceiver_ar_jax.generation.policies import POLICIES, Policy
+from perceiver_ar_jax.generation.sampling import (
+    Greedy,
+    MinP,
+    RepetitionPenalty,
+    Sample,
+    Temperature,
+    TopK,
+    TopP,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to continue a prompt: Hugging Face's names and meanings.
+
+    Raises:
+      ValueError: at construction, naming every problem at once.
+    """
+
+    max_new_tokens: int = 16
+    do_sample: bool = False  # False: the most likely token
+    temperature: float = 1.0
+    top_k: int | None = None  # of sampling; of contrastive search: how many candidates
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    num_return_sequences: int = 1  # a prompt
+    eos_token_id: int | Sequence[int] | None = None  # one of these ends a row
+    pad_token_id: int = 0  # fills ended rows
+    policy: str | Policy = "slide"  # or "recompute", "reset", or a policy of your own making
+    rng: jax.Array | None = None  # a jax.random.key; sampling needs one
+
+    def __post_init__(self):
+        problems = list(self._problems())
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    @classmethod
+    def of(cls, **options) -> "Options":
+        """The options of these names; TypeError names one that does not exist."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise TypeError(f"generation has no argument {name!r}{hint}")
+        return cls(**options)
+
+    @property
+    def decoding_policy(self) -> Policy:
+        """The policy, by name or as given."""
+        return POLICIES[self.policy] if isinstance(self.policy, str) else self.policy
+
+    @property
+    def ending(self) -> Ending:
+        """What ends a row."""
+        eos = () if self.eos_token_id is None else self.eos_token_id
+        return Ending(np.atleast_1d(np.asarray(eos, np.int32)), np.int32(self.pad_token_id))
+
+    @property
+    def method(self) -> TokenByToken:
+        """The search method."""
+        penalty = None
+        if self.repetition_penalty != 1.0:
+            penalty = RepetitionPenalty(float(self.repetition_penalty))
+        return TokenByToken(
+            choose=Sample(self.filters, self.rng) if self.do_sample else Greedy(), penalty=penalty
+        )
+
+    @property
+    def filters(self) -> tuple[Temperature | TopK | TopP | MinP, ...]:
+        """The filters of sampling, in the order in which Hugging Face applies them."""
+        filters = []
+        if self.temperature != 1.0:
+            filters.append(Temperature(float(self.temperature)))
+        if self.top_k:
+            filters.append(TopK(self.top_k))
+        if self.top_p is not None and self.top_p < 1.0:
+            filters.append(TopP(float(self.top_p)))
+        if self.min_p is not None:
+            filters.append(MinP(float(self.min_p)))
+        return tuple(filters)
+
+    def _problems(self):
+        if self.max_new_tokens < 1:
+            yield f"max_new_tokens must be at least 1, not {self.max_new_tokens}"
+        if not self.temperature > 0.0:
+            yield f"temperature must be above 0, not {self.temperature}"
+        if self.top_k is not None and self.top_k < 0:
+            yield f"top_k must not be negative, but is {self.top_k}"
+        for name in ("top_p", "min_p"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value <= 1.0:
+                yield f"{name} must be between 0 and 1, not {value}"
+        if not self.repetition_penalty > 0.0:
+            yield f"repetition_penalty must be above 0, not {self.repetition_penalty}"
+        if self.num_return_sequences < 1:
+            yield f"num_return_sequences must be at least 1, not {self.num_return_sequences}"
+        if isinstance(self.policy, str) and self.policy not in POLICIES:
+            yield f"policy must be one of {', '.join(POLICIES)}, not {self.policy!r}"
+        if self.do_sample and self.rng is None:
+            yield "do_sample=True needs rng, a jax.random.key"
+        if not self.do_sample and self.num_return_sequences > 1:
+            yield "several num_return_sequences need do_sample=True"

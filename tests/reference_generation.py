@@ -1,0 +1,57 @@
+"""perceiver-io's `generate(use_cache=True)` beside ours: small models whose text is varied."""
+
+import functools
+import random
+
+import numpy as np
+from reference import clm, our_model, random_config, reference_model, torch
+
+
+@functools.cache
+def both_models(seed: int):
+    """The reference as a Hugging Face model, and our model and parameters.
+
+    The weights are large, so that greedy text does not repeat one token. The reference fails at
+    max_latents=1, where it keeps the newest 0 entries of a cache as `[-0:]`, all of them.
+    """
+    draw = random.Random(seed)
+    max_latents = draw.choice([2, 4, 7])
+    config = random_config(
+        seed,
+        max_latents=max_latents,
+        max_seq_len=max_latents + draw.choice([0, 3, 9, 17]),
+        vocab_size=draw.choice([50, 262]),
+    )
+    reference = reference_model(config, seed)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    hugging_face = clm.PerceiverCausalLanguageModel(
+        clm.PerceiverCausalLanguageModelConfig(reference.config), backend_model=reference
+    )
+    return hugging_face, *our_model(reference, config)
+
+
+def random_prompts(config, seed: int, batch: int = 3):
+    """Prompts, pad mask and num_latents, pads inside the prefix; some batches have no pads.
+
+    A pad is a token that the row has anyway, because the reference's repetition penalty counts
+    pads as tokens that were there.
+    """
+    rng = np.random.default_rng(seed)
+    num_latents = int(rng.integers(1, min(config.max_latents, 4) + 1))
+    prefix_len = int(rng.integers(0, config.max_prefix_len + 1))
+    tokens = rng.integers(0, config.vocab_size, (batch, prefix_len + num_latents))
+    pads = rng.integers(0, prefix_len + 1, batch) * (seed % 2)
+    pad_mask = np.arange(tokens.shape[1]) < pads[:, None]
+    return np.where(pad_mask, tokens[:, -1:], tokens), pad_mask, num_latents
+
+
+def reference_generate(hugging_face, tokens, pad_mask, **options):
+    """The reference's result, (B, S + T) also where every row ended early."""
+    options = {"pad_token_id": 0, "use_cache": True} | options
+    result = hugging_face.generate(
+        torch.tensor(tokens), attention_mask=torch.tensor(~pad_mask).long(), **options
+    ).numpy()
+    missing = tokens.shape[1] + options["max_new_tokens"] - result.shape[1]
+    return np.pad(result, ((0, 0), (0, missing)), constant_values=options["pad_token_id"])
