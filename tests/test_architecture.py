@@ -1,0 +1,110 @@
+"""The lines that keep the parts apart: who may import whom."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "perceiver_ar_jax"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# From the top of the house to the ground; a part imports parts of lower floors only, or itself.
+FLOORS = (
+    {"train_loop"},
+    {"evaluation", "pretrained"},
+    {"generation", "data", "training", "conversion"},
+    {"model"},
+    {"config", "parallel", "_version"},
+)
+LIBRARIES = {  # third parties with one home each
+    "torch": {"conversion"},
+    "grain": {"data"},
+    "tensorflow_datasets": {"data"},
+    "sentencepiece": {"data"},
+    "array_record": {"data"},
+    "orbax": {"training/checkpoint.py"},
+    "ml_collections": {"train_loop.py"},
+}
+SCRIPTS_ONLY = {"ml_collections": {"train.py"}}
+LAZY = ("torch", "tensorflow", "tensorflow_datasets", "transformers", "huggingface_hub")
+
+
+def imports(path: Path, *, lazy: bool = True) -> set[str]:
+    """Dotted names that a file imports; without `lazy` only what runs when it is imported."""
+    found = set()
+
+    def visit(node):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide the floor they reach"
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and not lazy:
+            return
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text()))
+    return found
+
+
+def part_of(path: Path) -> str:
+    """`generation` for perceiver_ar_jax/generation/loop.py, `config` for its config.py."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def floor_of(part: str) -> int:
+    found = [i for i, floor in enumerate(FLOORS) if part in floor]
+    assert found, f"{part} is a part on no floor"
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in FILES if path != PACKAGE / "__init__.py"],  # it names things of every floor
+    ids=lambda path: str(path.relative_to(PACKAGE)),
+)
+def test_imports_point_down_and_floors_do_not_import_each_other(path):
+    part = part_of(path)
+    for name in imports(path):
+        parents = name.split(".")
+        if parents[0] != PACKAGE.name or len(parents) == 1:
+            assert parents[0] not in ("train", "sample", "evaluate"), "scripts are on top"
+            continue
+        other = parents[1]
+        assert other == part or floor_of(other) > floor_of(part), f"{part} imports {name}"
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_each_library_has_one_home(library):
+    homes = LIBRARIES[library]
+    for path in [*FILES, *ROOT.glob("*.py")]:
+        if library not in {name.split(".")[0] for name in imports(path)}:
+            continue
+        if path.parent == ROOT:
+            assert path.name in SCRIPTS_ONLY.get(library, ()), f"{path.name} imports {library}"
+        else:
+            inside = path.relative_to(PACKAGE).as_posix()
+            assert inside in homes or part_of(path) in homes, f"{inside} imports {library}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_heavy_libraries_are_imported_only_when_a_function_needs_them(path):
+    heavy = {name.split(".")[0] for name in imports(path, lazy=False)} & set(LAZY)
+    assert not heavy, f"{path} imports {heavy} at module level"
+
+
+def test_importing_the_package_loads_none_of_them():
+    code = f"""
+import sys
+import perceiver_ar_jax
+print(*sorted({{name.split(".")[0] for name in sys.modules}} & set({LAZY!r})))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == []
