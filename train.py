@@ -5,7 +5,6 @@ The same command again resumes. Exit codes: 0 done, 2 bad input, 3 loss or gradi
 """
 
 import difflib
-import runpy
 import sys
 from collections.abc import Iterator
 
@@ -36,29 +35,26 @@ def main(argv: list[str]) -> int:
 def _parse(argv: list[str]) -> list[str]:
     try:
         argv = flags.FLAGS(argv)
-        CONFIG.value  # noqa: B018  a file that does not load says so here
+        CONFIG.value.seed  # noqa: B018  a file that did not load says so only when it is used
         return argv
     except AttributeError:
         sys.exit(_fail(_unknown_setting(argv), 2))
     except flags.Error as error:
         sys.exit(_fail(error, 2))
     except OSError:
-        sys.exit(_fail(f"cannot read the config file {_config_file(argv)}", 2))
+        file = config_flags.get_config_filename(flags.FLAGS["config"])
+        sys.exit(_fail(f"cannot read the config file {file}", 2))
 
 
 def _unknown_setting(argv: list[str]) -> str:
-    """Which override names no setting of the config file, and the nearest one that it has."""
-    file = _config_file(argv)
-    known = list(_names(runpy.run_path(file)["get_config"](), "config"))
-    for name in (x.lstrip("-").split("=")[0] for x in argv if x.startswith("--config.")):
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-            return f"{file} has no setting {name}; the nearest is {near}"
-    return f"{file} does not load"
+    """Which override names no setting, and the nearest one that there is."""
+    from perceiver_ar_jax.train_loop import default_config
 
-
-def _config_file(argv: list[str]) -> str:
-    return next(x.split("=", 1)[1] for x in reversed(argv) if x.startswith("--config="))
+    known = list(_names(default_config(), "config"))
+    given = (x.lstrip("-").split("=")[0] for x in argv if x.startswith("--config."))
+    unknown = next(name for name in given if name not in known)
+    nearest = difflib.get_close_matches(unknown, known, n=1, cutoff=0)[0]
+    return f"there is no setting {unknown}; the nearest is {nearest}"
 
 
 def _names(config: ConfigDict, prefix: str) -> Iterator[str]:
