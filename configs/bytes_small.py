@@ -1,0 +1,29 @@
+"""The 30.6M model on UTF-8 bytes: the shape of perceiver-io's WikiText-103 run.
+
+Command:   python train.py --config=configs/bytes_small.py --workdir=runs/bytes_small \\
+             --config.data.text='wikitext-103/wiki.train*.txt'
+Hardware:  one GPU or a few TPU chips
+Expected:  0.876 nats per byte (1.264 bits) on WikiText-103 is perceiver-io's published figure;
+           not yet repeated here
+"""
+
+from perceiver_ar_jax.train_loop import default_config
+
+
+def get_config():
+    config = default_config()
+    config.steps = 100_000
+    config.batch_size = 32
+    config.model.cross_attention_dropout = 0.5
+
+    config.optimizer.learning_rate = 2e-4
+    config.optimizer.warmup_steps = 1000
+
+    config.data.tokenizer = "bytes"
+    config.data.min_seq_len = 4096
+    config.data.num_workers = 1
+
+    config.sample.max_new_tokens = 256
+    config.sample.num_latents = 4
+    config.sample.prompt = " The history of "
+    return config
