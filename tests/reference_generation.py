@@ -32,19 +32,18 @@ def both_models(seed: int):
     return hugging_face, *our_model(reference, config)
 
 
-def random_prompts(config, seed: int, batch: int = 3):
-    """Prompts, pad mask and num_latents, pads inside the prefix; some batches have no pads.
+def random_prompts(config, num_latents: int, seed: int, batch: int = 4):
+    """Prompts and pad mask: without pads for even seeds, with pads inside the prefix for odd ones.
 
     A pad is a token that the row has anyway, because the reference's repetition penalty counts
     pads as tokens that were there.
     """
     rng = np.random.default_rng(seed)
-    num_latents = int(rng.integers(1, min(config.max_latents, 4) + 1))
-    prefix_len = int(rng.integers(0, config.max_prefix_len + 1))
-    tokens = rng.integers(0, config.vocab_size, (batch, prefix_len + num_latents))
-    pads = rng.integers(0, prefix_len + 1, batch) * (seed % 2)
-    pad_mask = np.arange(tokens.shape[1]) < pads[:, None]
-    return np.where(pad_mask, tokens[:, -1:], tokens), pad_mask, num_latents
+    length = int(rng.integers(1, config.max_prefix_len + num_latents + 1))
+    tokens = rng.integers(0, config.vocab_size, (batch, length))
+    pads = rng.integers(0, max(length - num_latents, 0) + 1, batch) * (seed % 2)
+    pad_mask = np.arange(length) < pads[:, None]
+    return np.where(pad_mask, tokens[:, -1:], tokens), pad_mask
 
 
 def reference_generate(hugging_face, tokens, pad_mask, **options):

@@ -18,7 +18,8 @@ from perceiver_ar_jax.model import PerceiverAR
 class Prefilled(NamedTuple):
     """A prompt that the model has read; `generate` continues it any number of times."""
 
-    prompt_BS: np.ndarray
+    tokens_BS: np.ndarray
+    pad_mask_BS: np.ndarray
     context: Context
 
 
@@ -38,9 +39,10 @@ def generate(
     pad_mask: np.ndarray | None = None,
     **options,
 ) -> np.ndarray:
-    """Prompt and continuation, (B, S + max_new_tokens) int32; ended rows are filled with pads.
+    """Prompt and continuation, (B, S + max_new_tokens) int32.
 
-    One jitted prefill, then one jitted loop; prompts of similar lengths share a compilation.
+    Where the prompt has pads and where a row has ended there is pad_token_id. One jitted prefill,
+    then one jitted loop; prompts of similar lengths share their compilation.
 
     Args:
       model: the model.
@@ -114,18 +116,11 @@ def prefill(
     pad_mask: np.ndarray | None = None,
 ) -> Prefilled:
     """Reads a prompt once, to be continued many times; arguments as in `generate`."""
-    if pad_mask is None and isinstance(prompt, (list, tuple)):
-        prompt, pad_mask = prompts.padded_rows(prompt, pad_token_id=0)
-    prompt_BS = np.asarray(prompt)
-    if prompt_BS.ndim != 2:
-        raise ValueError(f"a prompt is rows of token ids, (B, S), not of shape {prompt_BS.shape}")
-    if pad_mask is None:
-        pad_mask = np.zeros(prompt_BS.shape, bool)
-    padded = prompts.in_bucket(prompt_BS, np.asarray(pad_mask, bool), num_latents, model.config)
-    context = _read(
-        params, padded.tokens_BS, padded.pad_mask_BS, prefix_len=padded.prefix_len, model=model
-    )
-    return Prefilled(prompt_BS.astype(np.int32), context)
+    tokens_BS, pad_mask_BS = prompts.as_rows(prompt, pad_mask)
+    prompts.check(tokens_BS, pad_mask_BS, num_latents, model.config)
+    *padded, prefix_len = prompts.in_bucket(tokens_BS, pad_mask_BS, num_latents, model.config)
+    context = _read(params, *padded, prefix_len=prefix_len, model=model)
+    return Prefilled(tokens_BS, pad_mask_BS, context)
 
 
 class _Run:
@@ -153,10 +148,12 @@ class _Run:
         return _continue_until(*self.inputs, progress, np.int32(count), **self.static)
 
     def result(self, progress):
-        new = self.options.max_new_tokens
-        prompt_BS = np.repeat(self.prefilled.prompt_BS, self.options.num_return_sequences, axis=0)
+        tokens_BS, pad_mask_BS, _ = self.prefilled
+        prompt_BS = np.where(pad_mask_BS, self.options.pad_token_id, tokens_BS).astype(np.int32)
+        prompt_BS = np.repeat(prompt_BS, self.options.num_return_sequences, axis=0)
         tokens_BT, log_probs_BT = (
-            np.asarray(x)[:, :new] for x in (progress.tokens_BT, progress.log_probs_BT)
+            np.asarray(x)[:, : self.options.max_new_tokens]
+            for x in (progress.tokens_BT, progress.log_probs_BT)
         )
         return Generated(np.concatenate([prompt_BS, tokens_BT], axis=1), log_probs_BT)
 

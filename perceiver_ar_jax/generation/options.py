@@ -64,8 +64,8 @@ class Options:
 
     @property
     def ending(self) -> Ending:
-        """What ends a row."""
-        eos = () if self.eos_token_id is None else self.eos_token_id
+        """What ends a row; -1, which no token is, where nothing does."""
+        eos = -1 if self.eos_token_id is None else self.eos_token_id
         return Ending(np.atleast_1d(np.asarray(eos, np.int32)), np.int32(self.pad_token_id))
 
     @property

@@ -1,7 +1,6 @@
-"""Prompts as users give them, checked, padded and cut into prefix and latents."""
+"""Prompts as users give them: checked, padded on the left, brought to one of few shapes."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -10,55 +9,35 @@ from perceiver_ar_jax.config import PerceiverARConfig
 SMALLEST_BUCKET = 64
 
 
-class Prompt(NamedTuple):
-    """Left-padded rows of token ids and where their pads are, (B, S) each, and the latents' share.
+def as_rows(
+    prompt: np.ndarray | Sequence[Sequence[int]], pad_mask: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and pad mask, (B, S) each; lists of different lengths are padded on the left.
 
-    Pads carry token id 0, whatever they were.
+    Raises:
+      ValueError: if these are no rows of whole numbers, or the shapes differ.
     """
-
-    tokens_BS: np.ndarray
-    pad_mask_BS: np.ndarray
-    prefix_len: int
-
-
-def padded_rows(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of any lengths as one array, padded on the left, and its pad mask."""
-    length = max(map(len, rows), default=0)
-    pads_B = np.array([length - len(row) for row in rows])
-    pad_mask_BS = np.arange(length) < pads_B[:, None]
-    tokens_BS = np.full((len(rows), length), pad_token_id, np.int64)
-    tokens_BS[~pad_mask_BS] = [token for row in rows for token in row]
+    if pad_mask is None and isinstance(prompt, list | tuple) and all(map(_is_row, prompt)):
+        prompt, pad_mask = _padded(prompt)
+    tokens_BS = np.asarray(prompt)
+    if tokens_BS.ndim != 2:
+        raise ValueError(f"a prompt is rows of token ids, (B, S), not of shape {tokens_BS.shape}")
+    if not np.issubdtype(tokens_BS.dtype, np.integer):
+        raise ValueError(f"token ids are whole numbers, not {tokens_BS.dtype}")
+    pad_mask_BS = np.zeros(tokens_BS.shape, bool) if pad_mask is None else np.array(pad_mask, bool)
+    if pad_mask_BS.shape != tokens_BS.shape:
+        raise ValueError(f"pad_mask is of shape {pad_mask_BS.shape}, not {tokens_BS.shape}")
     return tokens_BS, pad_mask_BS
 
 
-def in_bucket(
+def check(
     tokens_BS: np.ndarray, pad_mask_BS: np.ndarray, num_latents: int, config: PerceiverARConfig
-) -> Prompt:
-    """Pads a prompt on the left to one of few shapes, so that few are compiled.
+) -> None:
+    """Raises ValueError where the model cannot read a prompt.
 
-    Pads are masked, so that they change nothing; only the prefix varies in length.
-
-    Raises:
-      ValueError: where a length or a token id is out of range, or a row is not left-padded.
+    Source of the first three messages: `PerceiverCausalSequenceModel.generate` of perceiver-io.
     """
-    _check_lengths(tokens_BS.shape[1], num_latents, config)
-    _check_pads(pad_mask_BS)
-    _check_tokens(tokens_BS, pad_mask_BS, config.vocab_size)
-    missing = max(num_latents - tokens_BS.shape[1], 0)
-    prefix_len = tokens_BS.shape[1] + missing - num_latents
-    bucket = min(bucket_size(prefix_len), config.max_prefix_len)
-    more = ((0, 0), (missing + bucket - prefix_len, 0))
-    tokens_BS = np.where(pad_mask_BS, 0, tokens_BS).astype(np.int32)
-    pad_mask_BS = np.pad(pad_mask_BS, more, constant_values=True)
-    return Prompt(np.pad(tokens_BS, more), pad_mask_BS, bucket)
-
-
-def bucket_size(length: int) -> int:
-    """The next power of two, not below 64."""
-    return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length()) if length else SMALLEST_BUCKET
-
-
-def _check_lengths(length, num_latents, config):
+    length = tokens_BS.shape[1]
     if not 0 < length <= config.max_seq_len:
         raise ValueError(f"Input sequence length out of valid range [1..{config.max_seq_len}]")
     if not 0 < num_latents <= config.max_latents:
@@ -69,21 +48,51 @@ def _check_lengths(length, num_latents, config):
             f"For given sequence of length={length}, num_latents must "
             f"be in range [{least}..{config.max_latents}]"
         )
-
-
-def _check_pads(pad_mask_BS):
-    for row, pads in enumerate(pad_mask_BS):
-        if pads.all():
+    for row, pads_S in enumerate(pad_mask_BS):
+        if pads_S.all():
             raise ValueError(f"row {row} of the prompt is empty")
-        if (pads[1:] > pads[:-1]).any():
+        if (pads_S[1:] > pads_S[:-1]).any():
             raise ValueError(f"row {row} of the prompt has pads that are not on the left")
-
-
-def _check_tokens(tokens_BS, pad_mask_BS, vocab_size):
-    wrong_BS = ((tokens_BS < 0) | (tokens_BS >= vocab_size)) & ~pad_mask_BS
+    wrong_BS = ((tokens_BS < 0) | (tokens_BS >= config.vocab_size)) & ~pad_mask_BS
     if wrong_BS.any():
         row, column = np.argwhere(wrong_BS)[0]
         raise ValueError(
             f"token id {tokens_BS[row, column]} in row {row}, column {column} of the prompt "
-            f"is out of valid range [0..{vocab_size})"
+            f"out of valid range [0..{config.vocab_size})"
         )
+
+
+def in_bucket(
+    tokens_BS: np.ndarray, pad_mask_BS: np.ndarray, num_latents: int, config: PerceiverARConfig
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Tokens and pad mask, padded on the left to one of few shapes, and the prefix length.
+
+    Only the prefix varies in length, so that the last `num_latents` columns are the latents; in a
+    shorter prompt some of them are pads. Pads are masked: none of this changes what a row gives.
+    """
+    prefix_len = max(tokens_BS.shape[1] - num_latents, 0)
+    bucket = min(bucket_size(prefix_len), config.max_prefix_len)
+    more = ((0, 0), (bucket + num_latents - tokens_BS.shape[1], 0))
+    tokens_BS = np.where(pad_mask_BS, 0, tokens_BS).astype(np.int32)  # a pad may carry any id
+    return np.pad(tokens_BS, more), np.pad(pad_mask_BS, more, constant_values=True), bucket
+
+
+def bucket_size(length: int) -> int:
+    """The next power of two, and at least 64."""
+    return max(SMALLEST_BUCKET, 1 << max(length - 1, 0).bit_length())
+
+
+def _is_row(row):
+    return isinstance(row, list | tuple)
+
+
+def _padded(rows):
+    length = max(map(len, rows), default=0)
+    pads_B = np.array([length - len(row) for row in rows])
+    pad_mask_BS = np.arange(length) < pads_B[:, None]
+    tokens_BS = np.zeros((len(rows), length), int)
+    tokens = np.array([token for row in rows for token in row])
+    if tokens.size:
+        tokens_BS = tokens_BS.astype(tokens.dtype)
+        tokens_BS[~pad_mask_BS] = tokens
+    return tokens_BS, pad_mask_BS

@@ -1,0 +1,235 @@
+"""`generate` and its kin, without the reference beside it."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import struct
+
+from perceiver_ar_jax import PerceiverAR, PerceiverARConfig, generate
+from perceiver_ar_jax.generation import generate_with_log_probs, prefill, stream
+from perceiver_ar_jax.generation.loop import (
+    Decoder,
+    Ending,
+    TokenByToken,
+    continue_until,
+)
+from perceiver_ar_jax.generation.sampling import Greedy
+
+CONFIG = PerceiverARConfig(
+    vocab_size=50,
+    max_seq_len=24,
+    max_latents=8,
+    num_channels=16,
+    num_heads=2,
+    num_self_attention_layers=2,
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return PerceiverAR(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    params = model.init(jax.random.key(0), jnp.zeros((1, 4), int), prefix_len=2)["params"]
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    moved = [x + 0.4 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, moved)
+
+
+@struct.dataclass
+class CountingContext:
+    """A prompt that a model has read which predicts the number after the last one."""
+
+    hidden_BLD: jax.Array
+
+    def seen(self, vocab_size):
+        return jnp.zeros((len(self.hidden_BLD), vocab_size), bool)
+
+
+def count_from(start, new_tokens, ending):
+    def one_hot(tokens_B):
+        return jax.nn.one_hot(tokens_B + 1, 100)
+
+    decoder = Decoder(step=lambda tokens_B, state: (one_hot(tokens_B), state + 1), head=lambda x: x)
+    method = TokenByToken(Greedy())
+    context = CountingContext(one_hot(jnp.array(start))[:, None])
+    progress = method.begin(decoder, context, jnp.int32(0), ending=ending, max_new_tokens=12)
+    return continue_until(decoder, method, progress, ending, jnp.int32(new_tokens))
+
+
+def test_loop_feeds_each_token_back():
+    progress = count_from([3, 60], 9, Ending(jnp.array([-1]), jnp.int32(0)))
+    expected = [[*range(4, 13), 0, 0, 0], [*range(61, 70), 0, 0, 0]]
+    np.testing.assert_array_equal(progress.tokens_BT, expected)
+    assert progress.state == 8  # the last token is not read
+
+
+def test_ended_rows_are_padded_while_others_go_on():
+    progress = count_from([3, 60], 9, Ending(jnp.array([6, 99]), jnp.int32(1)))
+    expected = [[4, 5, 6, *[1] * 9], [*range(61, 70), 1, 1, 1]]
+    np.testing.assert_array_equal(progress.tokens_BT, expected)
+
+
+def test_loop_stops_when_all_rows_have_ended():
+    progress = count_from([3, 60], 9, Ending(jnp.array([6, 63]), jnp.int32(1)))
+    assert progress.count == 3
+
+
+def test_result_is_prompt_and_new_tokens(model, params):
+    prompt = np.arange(10).reshape(2, 5)
+    tokens = generate(model, params, prompt, max_new_tokens=7)
+    assert tokens.shape == (2, 12) and tokens.dtype == np.int32
+    np.testing.assert_array_equal(tokens[:, :5], prompt)
+
+
+def test_rows_of_different_lengths_give_what_each_gives_alone(model, params):
+    rows = [[5, 6, 7], [*range(20)], [9], [*range(30, 42)]]
+    options = {"num_latents": 5, "max_new_tokens": 30, "pad_token_id": 49}
+    together = generate(model, params, rows, **options)
+    assert together.shape == (4, 50)
+    for row, tokens in zip(rows, together, strict=True):
+        alone = generate(model, params, [row], **options)[0]
+        np.testing.assert_array_equal(tokens, [*[49] * (20 - len(row)), *alone])
+
+
+def test_sampling_is_reproducible_and_differs_between_keys(model, params):
+    def sample(seed):
+        rng = jax.random.key(seed)
+        return generate(model, params, [[1, 2, 3]], do_sample=True, temperature=2.0, rng=rng)
+
+    np.testing.assert_array_equal(sample(0), sample(0))
+    assert (sample(0) != sample(1)).any()
+
+
+def test_several_sequences_a_prompt_stand_together_and_differ(model, params):
+    tokens = generate(
+        model,
+        params,
+        [[1, 2, 3], [4, 5, 6]],
+        do_sample=True,
+        temperature=3.0,
+        num_return_sequences=3,
+        rng=jax.random.key(0),
+    )
+    np.testing.assert_array_equal(tokens[:, :3], [[1, 2, 3]] * 3 + [[4, 5, 6]] * 3)
+    assert len(np.unique(tokens, axis=0)) == 6
+
+
+def test_top_k_of_one_is_greedy(model, params):
+    greedy = generate(model, params, [[1, 2, 3]])
+    sampled = generate(model, params, [[1, 2, 3]], do_sample=True, top_k=1, rng=jax.random.key(0))
+    np.testing.assert_array_equal(greedy, sampled)
+
+
+def test_stream_yields_the_tokens_of_generate(model, params):
+    options = {"num_latents": 2, "max_new_tokens": 20}
+    expected = generate(model, params, [[1, 2, 3], [4, 5, 6]], **options)
+    streamed = stream(model, params, [[1, 2, 3], [4, 5, 6]], **options)
+    np.testing.assert_array_equal(np.stack(list(streamed), axis=1), expected[:, 3:])
+
+
+def test_stream_ends_with_its_rows(model, params):
+    expected = generate(model, params, [[1, 2, 3]])[0, 3:]
+    streamed = stream(model, params, [[1, 2, 3]], eos_token_id=[int(expected[4])])
+    first = list(expected).index(expected[4])
+    np.testing.assert_array_equal(np.concatenate(list(streamed)), expected[: first + 1])
+
+
+def test_closing_a_stream_frees_its_arrays(model, params):
+    before = len(jax.live_arrays())
+    streamed = stream(model, params, [[1, 2, 3]])
+    next(streamed)
+    assert len(jax.live_arrays()) > before
+    streamed.close()
+    assert len(jax.live_arrays()) == before
+
+
+def test_log_probs_are_those_of_a_full_pass(model, params):
+    generated = generate_with_log_probs(
+        model, params, [[1, 2, 3, 4]], num_latents=2, max_new_tokens=6, repetition_penalty=1.2
+    )
+    logits = model.apply({"params": params}, generated.tokens[:, :-1], prefix_len=2)
+    log_probs = jax.nn.log_softmax(logits)[0, 1:]
+    expected = np.take_along_axis(log_probs, generated.tokens[0, 4:, None], axis=1)[:, 0]
+    np.testing.assert_allclose(generated.log_probs[0], expected, atol=1e-5)
+
+
+def test_log_probs_after_the_end_are_zero(model, params):
+    first = generate(model, params, [[1, 2, 3]], max_new_tokens=1)[0, -1]
+    generated = generate_with_log_probs(model, params, [[1, 2, 3]], eos_token_id=int(first))
+    assert generated.log_probs[0, 0] < 0
+    assert (generated.log_probs[0, 1:] == 0).all()
+
+
+def test_a_prompt_read_once_is_continued_many_times(model, params):
+    read = prefill(model, params, [[1, 2, 3], [4, 5]], num_latents=2)
+    for options in ({"max_new_tokens": 20}, {"do_sample": True, "rng": jax.random.key(3)}) * 2:
+        expected = generate(model, params, [[1, 2, 3], [4, 5]], num_latents=2, **options)
+        np.testing.assert_array_equal(generate(model, params, read, **options), expected)
+
+
+def test_prompts_of_any_length_compile_few_programs():
+    config = CONFIG.replace(max_seq_len=1024, max_latents=128, num_channels=4, num_heads=1)
+    model = PerceiverAR(config)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 4), int), prefix_len=2)["params"]
+    compiled = []
+
+    def count(name, _, **__):
+        if name == "/jax/core/compile/backend_compile_duration":
+            compiled.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    for length, new_tokens in zip(range(1, 513, 7), itertools.cycle([1, 16, 40, 64])):
+        generate(model, params, [[1] * length], num_latents=4, max_new_tokens=new_tokens)
+    jax.monitoring.unregister_event_duration_listener(count)
+    buckets = 4  # prefixes of up to 64, 128, 256 and 512 positions
+    assert len(compiled) <= 1 + 3 * buckets, "transposed embedding; prefill, first token, loop"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ([[]], {}, r"Input sequence length out of valid range \[1..24\]"),
+        ([[1] * 25], {}, r"Input sequence length out of valid range \[1..24\]"),
+        ([[1]], {"num_latents": 0}, r"num_latents=0 out of valid range \[1..8\]"),
+        ([[1]], {"num_latents": 9}, r"num_latents=9 out of valid range \[1..8\]"),
+        (
+            [[1] * 20],
+            {"num_latents": 3},
+            r"For given sequence of length=20, num_latents must be in range \[4..8\]",
+        ),
+        ([[1, 2], []], {}, "row 1 of the prompt is empty"),
+        ([[1, 2, 3], [4, 50]], {}, "token id 50 in row 1, column 2 of the prompt"),
+        ([[1, -1]], {}, "token id -1 in row 0, column 1 of the prompt"),
+        ([[1.5, 2.0]], {}, "token ids are whole numbers, not float64"),
+        ([1, 2], {}, "a prompt is rows of token ids"),
+        (np.zeros(3, int), {}, "a prompt is rows of token ids"),
+        (np.zeros((1, 3), int), {"pad_mask": np.zeros((1, 2), bool)}, "pad_mask is of shape"),
+        (
+            np.zeros((1, 3), int),
+            {"pad_mask": np.array([[False, True, False]])},
+            "row 0 of the prompt has pads that are not on the left",
+        ),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
+        ([[1]], {"temperature": 0.0}, "temperature must be above 0, not 0.0"),
+        ([[1]], {"top_p": 1.5}, "top_p must be between 0 and 1, not 1.5"),
+        ([[1]], {"policy": "glide"}, "policy must be one of slide.*, not 'glide'"),
+        ([[1]], {"do_sample": True}, "do_sample=True needs rng"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(model, params, prompt, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(model, params, prompt, **options)
+
+
+def test_unknown_arguments_are_refused_by_name(model, params):
+    with pytest.raises(TypeError, match="no argument 'typical_p'"):
+        generate(model, params, [[1]], typical_p=0.2)
+    with pytest.raises(TypeError, match="did you mean 'max_new_tokens'"):
+        generate(model, params, [[1]], max_new_token=3)
