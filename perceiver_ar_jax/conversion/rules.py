@@ -144,7 +144,7 @@ def to_flax(tensors: Mapping[str, Any], config: PerceiverARConfig) -> dict[str, 
         node = params
         for name in parents:
             node = node.setdefault(name, {})
-        node[leaf] = np.ascontiguousarray(array, dtype)
+        node[leaf] = _aligned_copy(array, dtype)
     return params
 
 
@@ -253,6 +253,17 @@ def _flatten(params: Mapping[str, Any], path: str = "") -> dict[str, Any]:
         else:
             leaves[path + name] = value
     return leaves
+
+
+def _aligned_copy(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A C-contiguous copy in memory that `jax.device_put` takes over on the CPU, uncopied."""
+    alignment = 64
+    buffer = np.empty(array.size * dtype.itemsize + alignment, np.uint8)
+    start = -buffer.ctypes.data % alignment
+    end = start + array.size * dtype.itemsize
+    copy = buffer[start:end].view(dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
 
 
 def _frequencies_to_store(config: PerceiverARConfig) -> np.ndarray:
