@@ -273,5 +273,5 @@ def adamw_losses(config: PerceiverARConfig, steps: int = 40) -> tuple[list[float
         torch.nn.utils.clip_grad_norm_(reference.parameters(), settings.clip_norm)
         optimizer.step()
         schedule.step()
-        theirs.append(float(loss))
+        theirs.append(loss.item())
     return ours, theirs
