@@ -12,12 +12,14 @@ from perceiver_ar_jax.train_loop import default_config
 
 def get_config():
     config = default_config()
-    config.steps = 100_000
-    config.batch_size = 32
+    config.steps = 50_000
+    config.batch_size = 96
     config.model.cross_attention_dropout = 0.5
 
     config.optimizer.learning_rate = 2e-4
-    config.optimizer.warmup_steps = 1000
+    config.optimizer.warmup_steps = 200
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.clip_norm = 0.5
 
     config.data.tokenizer = "bytes"
     config.data.min_seq_len = 4096

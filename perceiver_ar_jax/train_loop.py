@@ -50,7 +50,7 @@ def default_config() -> ConfigDict:
     config.model = ConfigDict({name: x for name, x in model.items() if x is not None})
     config.model.max_heads_parallel = config_dict.placeholder(int)
     config.optimizer = ConfigDict(dataclasses.asdict(OptimizerConfig()))
-    config.optimizer.total_steps = config.get_ref("steps")
+    config.optimizer.total_steps = config.get_oneway_ref("steps")
     config.mesh = ConfigDict(dataclasses.asdict(MeshConfig()))
 
     config.data = ConfigDict()

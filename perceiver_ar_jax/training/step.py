@@ -42,7 +42,7 @@ def train_step(
         params=optax.apply_updates(state.params, updates),
         opt_state=opt_state,
     )
-    metrics = {"loss": loss, "grad_norm": optax.global_norm(gradients), "tokens": num_targets}
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradients), "tokens": num_targets}
     return state, metrics
 
 

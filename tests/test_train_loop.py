@@ -1,0 +1,163 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from configs import tiny
+from perceiver_ar_jax import load_pretrained, train_loop
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = ("the", "a", "of", "river", "house", "yellow", "runs", "sees", "and", "then", "often")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    rng = np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("text")
+    documents = (" ".join(rng.choice(WORDS, 60)) + "." for _ in range(300))
+    lines = [json.dumps({"text": document}) for document in documents]
+    (folder / "text.jsonl").write_text("\n".join(lines))
+    return folder / "text.jsonl"
+
+
+def small_run(text: Path, **changes):
+    config = tiny.get_config()
+    config.data.text = str(text)
+    config.steps = 12
+    config.log_every = 1
+    config.eval_every = 6
+    config.checkpoint_every = 6
+    config.model.cross_attention_dropout = 0.5
+    config.model.residual_dropout = 0.1
+    config.update(changes)
+    return config
+
+
+def metrics(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(workdir: Path) -> dict[int, tuple[float, float]]:
+    lines = (line for line in metrics(workdir) if "train/loss" in line)
+    return {line["step"]: (line["train/loss"], line["optim/grad_norm"]) for line in lines}
+
+
+@pytest.fixture(scope="module")
+def straight(text, tmp_path_factory) -> Path:
+    """The workdir of an unbroken run."""
+    workdir = tmp_path_factory.mktemp("straight")
+    assert train_loop.run(small_run(text), workdir) == train_loop.DONE
+    return workdir
+
+
+def test_a_run_learns_and_leaves_what_design_says(straight):
+    evals = [line["eval/loss"] for line in metrics(straight) if "eval/loss" in line]
+    assert len(evals) == 3
+    assert evals[-1] < evals[0]
+    for name in ("config.json", "env.json", "tokenizer", "tensorboard", "samples", "checkpoints"):
+        assert (straight / name).exists()
+    line = next(line for line in metrics(straight) if "train/loss" in line)
+    assert {
+        "step",
+        "train/loss",
+        "optim/learning_rate",
+        "optim/grad_norm",
+        "perf/step_ms",
+        "perf/tokens_per_sec",
+        "perf/trained_tokens_per_sec",
+        "data/wait_share",
+    } <= line.keys()
+
+
+def test_load_pretrained_reads_a_workdir(straight):
+    pretrained = load_pretrained(straight)
+    assert pretrained.step == 12
+    ids = np.asarray([pretrained.tokenizer.encode("the river")])
+    logits = pretrained.model.apply({"params": pretrained.params}, ids, prefix_len=1)
+    assert logits.shape == (1, ids.shape[1] - 1, pretrained.config.vocab_size)
+
+
+def test_a_stopped_and_resumed_run_has_the_bits_of_a_straight_one(text, straight, tmp_path):
+    half = small_run(text, steps=6)
+    half.optimizer.total_steps = 12  # the schedule stays that of the whole run
+    assert train_loop.run(half, tmp_path) == train_loop.DONE
+    assert train_loop.run(small_run(text), tmp_path) == train_loop.DONE
+    assert losses(tmp_path) == losses(straight)
+    resumed, whole = load_pretrained(tmp_path), load_pretrained(straight)
+    jax.tree.map(np.testing.assert_array_equal, resumed.params, whole.params)
+
+
+def test_sigterm_saves_the_current_step_and_leaves_with_143(text, tmp_path):
+    command = [
+        sys.executable,
+        "train.py",
+        "--config=configs/tiny.py",
+        f"--workdir={tmp_path}",
+        f"--config.data.text={text}",
+        "--config.steps=100000",
+        "--config.log_every=1",
+        "--config.eval_every=1000000",
+        "--config.checkpoint_every=1000000",
+        "--config.model.residual_dropout=0.1",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "metrics.jsonl").exists() or len(metrics(tmp_path)) < 4:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=300) == train_loop.PREEMPTED
+    (step,) = (int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert step == max(losses(tmp_path))
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_is_never_saved(text, tmp_path, capsys):
+    config = small_run(text)
+    config.optimizer.learning_rate = 1e30
+    config.optimizer.warmup_steps = 1
+    config.optimizer.clip_norm = 0.0
+    assert train_loop.run(config, tmp_path) == train_loop.NON_FINITE
+    assert "at step" in capsys.readouterr().err
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"data": {"text": ""}}, "one of data.source and data.text"),
+        ({"model": {"num_heads": 5}}, "no multiple of num_heads"),
+        ({"optimizer": {"learning_rate": -1.0}}, "learning_rate must be positive"),
+    ],
+)
+def test_a_bad_config_is_refused_before_anything_is_written(text, tmp_path, changes, words):
+    with pytest.raises(ValueError, match=words):
+        train_loop.run(small_run(text, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--config.optimizer.learning_rat=1", "nearest is config.optimizer.learning_rate"),
+        ("--config.steps=1e3", "1e3"),
+        ("--config=configs/nope.py", "cannot read the config file configs/nope.py"),
+        ("--confg=3", "Unknown command line flag 'confg'"),
+    ],
+)
+def test_a_mistyped_flag_gets_one_line_and_code_2(tmp_path, flag, words):
+    command = [sys.executable, "train.py", "--config=configs/tiny.py", "--workdir=x", flag]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert words in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
