@@ -43,7 +43,9 @@ $(VENV)/installed: $(VENV)/bin/python setup.cfg
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
-# The reference library pins other packages' old versions: it is installed without them.
-$(VENV)/installed-for-tests: $(VENV)/installed setup.cfg requirements-parity.txt
-	$(BIN)/python -m pip install --quiet --editable ".[test,hub]"
+# perceiver-io pins old versions of what it needs: it comes without them.
+$(VENV)/installed-for-tests: $(VENV)/installed requirements-parity.txt requirements-parity-nodeps.txt
+	$(BIN)/python -m pip install --quiet --editable ".[test,hub]" -r requirements-parity.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation \
+	  --ignore-requires-python -r requirements-parity-nodeps.txt
 	touch $@
