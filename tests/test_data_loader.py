@@ -9,7 +9,7 @@ from grain.python import experimental
 from perceiver_ar_jax.data import DataConfig, make_loader, merge_states
 from perceiver_ar_jax.data.sources import open_source
 from perceiver_ar_jax.data.tokenizer import ByteTokenizer
-from perceiver_ar_jax.data.windows import WindowDataset, documents, window_lengths
+from perceiver_ar_jax.data.windows import Documents, WindowDataset, window_lengths
 
 BYTES = ByteTokenizer()
 TEXTS = [f"{i}:" + "abcdefghij"[i % 10] * (7 * i % 90) for i in range(50)]
@@ -157,7 +157,7 @@ def test_a_cut_at_the_end_of_a_document_loses_none(tmp_path):
 def test_grain_restores_the_window_dataset_at_every_state(corpus):
     source = open_source(str(corpus), "train")
     windows = WindowDataset(
-        documents(source, BYTES, seed=0, shuffle=True, repeat=False),
+        Documents(source, BYTES, seed=0, shuffle=True, repeat=False),
         streams=range(3),
         positions=[(0, 0)] * 3,
         step=0,

@@ -7,7 +7,7 @@ import numpy as np
 from perceiver_ar_jax.data.config import DataConfig
 from perceiver_ar_jax.data.sources import open_source
 from perceiver_ar_jax.data.tokenizer import as_exact
-from perceiver_ar_jax.data.windows import ODDITIES, Tokenize
+from perceiver_ar_jax.data.windows import ODDITIES, tokenize
 
 
 class EvaluationBatches:
@@ -50,7 +50,6 @@ class EvaluationBatches:
     def _read(self, tokenizer) -> tuple[np.ndarray, np.ndarray]:
         """All tokens after one eos, so that the first is predicted too, as in training."""
         source = open_source(self._config.source, self._config.split)
-        tokenize = Tokenize(tokenizer)
         parts = [np.array([tokenizer.eos_id], np.int32)]
         starts = [0, 1]
         length = 1
@@ -58,7 +57,7 @@ class EvaluationBatches:
         self.num_bytes = 0
         for i in range(len(source)):
             text = source[i]
-            document = tokenize.map(text)
+            document = tokenize(text, tokenizer)
             self.num_bytes += len(text.text.encode("utf-8", errors="replace"))
             oddities += document.oddities
             parts.append(document.tokens)

@@ -12,7 +12,7 @@ from absl import flags
 from perceiver_ar_jax.data.config import DataConfig
 from perceiver_ar_jax.data.sources import open_source
 from perceiver_ar_jax.data.tokenizer import as_exact
-from perceiver_ar_jax.data.windows import ODDITIES, WindowDataset, documents
+from perceiver_ar_jax.data.windows import ODDITIES, Documents, WindowDataset
 
 
 class Loader:
@@ -40,7 +40,7 @@ class Loader:
         self._pad_id = tokenizer.pad_id
         self._global_batch = config.batch_size * process_count
         self._first_row = config.batch_size * process_index
-        self._documents = documents(
+        self._documents = Documents(
             source, tokenizer, seed=config.seed, shuffle=config.shuffle, repeat=config.repeat
         )
         self.fingerprint = _fingerprint(config, tokenizer, source, self._global_batch)

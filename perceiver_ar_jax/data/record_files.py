@@ -44,7 +44,47 @@ class ArrayRecordFile:
             raise ValueError(_damaged(self._path, "ArrayRecord", error)) from error
 
 
-class TFRecordFile:
+class _RangesFile:
+    """Record i is the bytes from `offsets[i]` to `offsets[i + 1]`; open as long as it is used."""
+
+    def __init__(self, path: str):
+        self._path = path
+        self._file = epath.Path(path).open("rb")
+        self._offsets = self._find_offsets()
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def read(self, i: int) -> bytes:
+        """Record `i`."""
+        start, end = int(self._offsets[i]), int(self._offsets[i + 1])
+        self._file.seek(start)
+        return self._file.read(end - start)
+
+    def __del__(self):
+        if "_file" in self.__dict__:
+            self._file.close()
+
+
+class LineFile(_RangesFile):
+    """The lines of a file."""
+
+    def _find_offsets(self) -> np.ndarray:
+        return np.fromiter(_line_ends(self._file), np.int64)
+
+
+class PieceFile(_RangesFile):
+    """A plain text in pieces that end where a paragraph or a line does.
+
+    They have at most 16 KiB; of a small file there are about 64, but none is cut below 1 KiB.
+    """
+
+    def _find_offsets(self) -> np.ndarray:
+        piece_bytes = min(MAX_PIECE_BYTES, max(1024, epath.Path(self._path).stat().length // 64))
+        return np.fromiter(_piece_ends(self._file, piece_bytes), np.int64)
+
+
+class TFRecordFile(_RangesFile):
     """One TFRecord shard: `length, crc(length), data, crc(data)` over and over.
 
     The first use of a file walks it once for the records' places and keeps them in a cache
@@ -54,22 +94,12 @@ class TFRecordFile:
       ValueError: the file is cut off or a checksum is wrong; says where.
     """
 
-    def __init__(self, path: str):
-        self._path = path
-        self._offsets = _cached_offsets(path)
-        self._file = epath.Path(path).open("rb")
-
-    def __del__(self):
-        _close(self)
-
-    def __len__(self) -> int:
-        return len(self._offsets) - 1
-
     def read(self, i: int) -> bytes:
-        """Record `i`, its checksum verified."""
-        start, end = int(self._offsets[i]), int(self._offsets[i + 1])
-        self._file.seek(start + 12)
-        return _verified(self._path, start, self._file.read(end - start - 12))
+        """The data of record `i`, its checksum verified."""
+        return _unframed(self._path, int(self._offsets[i]), super().read(i))
+
+    def _find_offsets(self) -> np.ndarray:
+        return _cached_offsets(self._path)
 
 
 def tfrecords(path: str) -> Iterator[bytes]:
@@ -77,45 +107,7 @@ def tfrecords(path: str) -> Iterator[bytes]:
     size = epath.Path(path).stat().length
     with epath.Path(path).open("rb") as file:
         for start, end in itertools.pairwise(_record_ends(path, size)):
-            file.seek(start + 12)
-            yield _verified(path, start, file.read(end - start - 12))
-
-
-class LineFile:
-    """The lines of a file."""
-
-    def __init__(self, path: str):
-        self._file = epath.Path(path).open("rb")
-        self._offsets = np.fromiter(_line_ends(self._file), np.int64)
-
-    def __del__(self):
-        _close(self)
-
-    def __len__(self) -> int:
-        return len(self._offsets) - 1
-
-    def read(self, i: int) -> bytes:
-        """Line `i` with its end."""
-        self._file.seek(int(self._offsets[i]))
-        return self._file.read(int(self._offsets[i + 1] - self._offsets[i]))
-
-
-class PieceFile(LineFile):
-    """A plain text in pieces that end where a paragraph or a line does.
-
-    They have at most 16 KiB; of a small file there are about 64, but none is cut below 1 KiB.
-    """
-
-    def __init__(self, path: str):
-        self._file = epath.Path(path).open("rb")
-        piece_bytes = min(MAX_PIECE_BYTES, max(1024, epath.Path(path).stat().length // 64))
-        self._offsets = np.fromiter(_piece_ends(self._file, piece_bytes), np.int64)
-
-
-def _close(records) -> None:
-    """Sources keep their files open as long as they live and have no end of their own."""
-    if hasattr(records, "_file"):
-        records._file.close()
+            yield _unframed(path, start, file.read(end - start))
 
 
 def _line_ends(file):
@@ -178,10 +170,11 @@ def _record_ends(path: str, size: int):
             yield position
 
 
-def _verified(path: str, start: int, data: bytes) -> bytes:
-    if masked_crc32c(data[:-4]) != int.from_bytes(data[-4:], "little"):
+def _unframed(path: str, start: int, framed: bytes) -> bytes:
+    data = framed[12:-4]
+    if masked_crc32c(data) != int.from_bytes(framed[-4:], "little"):
         raise ValueError(f"{path}: wrong checksum of the record at byte {start}")
-    return data[:-4]
+    return data
 
 
 def _damaged(path: str, kind: str, reason) -> str:

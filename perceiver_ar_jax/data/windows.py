@@ -25,30 +25,35 @@ class Document(NamedTuple):
     oddities: np.ndarray
 
 
-class Tokenize(grain.transforms.Map):
-    """Text -> Document. An empty text has no tokens, not even eos."""
+def tokenize(text: Text, tokenizer) -> Document:
+    """An empty text has no tokens, not even eos; nor has a piece that ends no document the eos."""
+    ids = tokenizer.encode(text.text)
+    if ids and text.ends_document:
+        ids.append(tokenizer.eos_id)
+    is_empty = not ids and not text.is_malformed
+    oddities = np.array([not text.is_valid_utf8, text.is_malformed, is_empty])
+    return Document(np.asarray(ids, np.int32), oddities)
 
-    def __init__(self, tokenizer):
+
+class Documents:
+    """The documents of a source by their place in the order of reading, each epoch another.
+
+    Grain gives the order only: a chain of Grain's maps would cost as much as a tokenizer.
+    """
+
+    def __init__(self, source: TextSource, tokenizer, *, seed: int, shuffle: bool, repeat: bool):
+        order = grain.MapDataset.range(len(source)).seed(seed)
+        if shuffle:
+            order = order.shuffle()
+        self._order = order.repeat() if repeat else order
+        self._source = source
         self._tokenizer = tokenizer
 
-    def map(self, text: Text) -> Document:
-        """Runs the tokenizer."""
-        ids = self._tokenizer.encode(text.text)
-        if ids and text.ends_document:
-            ids.append(self._tokenizer.eos_id)
-        is_empty = not ids and not text.is_malformed
-        oddities = np.array([not text.is_valid_utf8, text.is_malformed, is_empty])
-        return Document(np.asarray(ids, np.int32), oddities)
+    def __len__(self) -> int:
+        return len(self._order)
 
-
-def documents(source: TextSource, tokenizer, *, seed: int, shuffle: bool, repeat: bool):
-    """The order in which documents are read, as a random-access Grain dataset of Document."""
-    dataset = grain.MapDataset.source(source).seed(seed)
-    if shuffle:
-        dataset = dataset.shuffle()
-    if repeat:
-        dataset = dataset.repeat()
-    return dataset.map(Tokenize(tokenizer))
+    def __getitem__(self, place: int) -> Document:
+        return tokenize(self._source[self._order[place]], self._tokenizer)
 
 
 class WindowDataset(grain.IterDataset):
@@ -66,7 +71,7 @@ class WindowDataset(grain.IterDataset):
 
     def __init__(
         self,
-        documents: grain.MapDataset,
+        documents: Documents,
         *,
         streams: Sequence[int],
         positions: Sequence[tuple[int, int]],
@@ -78,7 +83,7 @@ class WindowDataset(grain.IterDataset):
         seed: int,
         with_segment_ids: bool,
     ):
-        super().__init__(documents)
+        super().__init__()
         self.documents = documents
         self.streams = list(streams)
         self.positions = list(positions)
