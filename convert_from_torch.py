@@ -33,7 +33,13 @@ from perceiver_ar_jax.conversion.verification import (
     reference_logits,
 )
 from perceiver_ar_jax.conversion.writers import new_folder
-from perceiver_ar_jax.pretrained import load_pretrained, save_pretrained
+from perceiver_ar_jax.data.tokenizer import load_tokenizer
+from perceiver_ar_jax.pretrained import (
+    CHECKPOINTS_FOLDER,
+    TOKENIZER_FOLDER,
+    load_pretrained,
+    save_pretrained,
+)
 from perceiver_ar_jax.training.checkpoint import CheckpointError
 
 CERTIFICATE = "conversion.json"  # in the output folder
@@ -55,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 convert_from_torch(args)
         except (ValueError, OSError) as error:
-            _complain(str(error).splitlines()[0])
+            _complain(str(error).partition("\n")[0])
             return 2
         except VerificationError as error:
             _complain(f"{error}; nothing was written")
@@ -71,7 +77,7 @@ def convert_from_torch(args: argparse.Namespace) -> None:
     seconds: dict[str, float] = {}
     source = read_reference(args.source)
     config = source.config.replace(param_dtype=args.dtype or source.config.param_dtype)
-    files = [*args.tokenizer, *source.tokenizer_files]
+    tokenizer = _tokenizer_of(args, source.tokenizer_files, config)
     if args.dry_run:
         return _print(describe_model(source.tensors, config))
     with new_folder(args.output, overwrite=args.overwrite) as folder:
@@ -83,7 +89,10 @@ def convert_from_torch(args: argparse.Namespace) -> None:
         with _timed(seconds, "convert"):
             params = to_flax(source.tensors, config)
         with _timed(seconds, "write"):
-            save_pretrained(folder, config, params, tokenizer_files=files)
+            if tokenizer is not None:
+                (folder / TOKENIZER_FOLDER).mkdir()
+                tokenizer.save(folder / TOKENIZER_FOLDER)
+            save_pretrained(folder, config, params)
         del params
         if args.verify:
             with _timed(seconds, "verify"):
@@ -97,21 +106,23 @@ def convert_from_torch(args: argparse.Namespace) -> None:
 
 def convert_to_torch(args: argparse.Namespace) -> None:
     """Reads a checkpoint of ours, writes perceiver-io's."""
-    if not Path(args.source, "checkpoints").is_dir():
-        raise ValueError(f"{args.source} is no checkpoint of ours: it has no checkpoints/")
+    if not Path(args.source, CHECKPOINTS_FOLDER).is_dir():
+        raise ValueError(f"{args.source} is no checkpoint of ours: no {CHECKPOINTS_FOLDER}/ in it")
     seconds: dict[str, float] = {}
     with _timed(seconds, "read"):
         source = load_pretrained(args.source)
     config = source.config.replace(param_dtype=args.dtype or source.config.param_dtype)
-    params = jax.tree.map(lambda x: np.asarray(x, config.param_dtype), source.params)
+    params = jax.tree.map(lambda x: x.astype(config.param_dtype), source.params)
+    tokenizer = _named_tokenizer(args, config) or source.tokenizer
     del source
-    files = [*args.tokenizer, *sorted(Path(args.source, "tokenizer").glob("*"))]
     if args.dry_run:
         return _print(describe_model(to_torch(params, config), config))
     with new_folder(args.output, overwrite=args.overwrite) as folder:
         checks: dict[str, Any] = {}
         with _timed(seconds, "write"):
-            write_reference(folder, params, config, tokenizer_files=files)
+            write_reference(folder, params, config)
+            if tokenizer is not None:
+                tokenizer.save(folder)
         tensors = read_reference(folder).tensors
         if args.verify:
             inputs = random_inputs(config, args.verify)
@@ -124,6 +135,23 @@ def convert_to_torch(args: argparse.Namespace) -> None:
             if expected is not None:
                 _check_logits(expected, ours, checks)
         _certify(args, folder, describe_model(tensors, config), checks, seconds)
+
+
+def _named_tokenizer(args: argparse.Namespace, config: PerceiverARConfig):
+    if args.tokenizer is None:
+        return None
+    return load_tokenizer(args.tokenizer, vocab_size=config.vocab_size)
+
+
+def _tokenizer_of(args: argparse.Namespace, files: tuple[Path, ...], config: PerceiverARConfig):
+    """The tokenizer that is named, else the one beside the weights, if it is of a kind we read."""
+    if args.tokenizer is not None or not files:
+        return _named_tokenizer(args, config)
+    try:
+        return load_tokenizer(files[0].parent, vocab_size=config.vocab_size)
+    except ValueError as error:
+        warnings.warn(f"converting without its tokenizer: {error}", stacklevel=2)
+        return None
 
 
 def _reference_logits(
@@ -201,12 +229,6 @@ def _rows(text: str) -> int | None:
     return int(text)
 
 
-def _file(text: str) -> Path:
-    if not Path(text).is_file():
-        raise argparse.ArgumentTypeError(f"no file at {text}")
-    return Path(text)
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """Leaves out the usage: bad input gets one line."""
@@ -221,8 +243,8 @@ def _parse(argv: Iterable[str] | None) -> argparse.Namespace:
         "or hub id; with --to_torch a checkpoint of ours")  # fmt: skip
     add("--output", required=True, type=Path, metavar="DIR", help="folder that is made")
     add("--to_torch", action="store_true", help="from ours to perceiver-io's")
-    add("--tokenizer", type=_file, action="append", default=[], metavar="spiece.model",
-        help="goes into the result's tokenizer")  # fmt: skip
+    add("--tokenizer", metavar="FILE", help="spiece.model, tokenizer.json, a folder of either, or "
+        "bytes; instead of the one beside the weights")  # fmt: skip
     add("--dtype", choices=("float32", "bfloat16"), help="of the weights; default: as stored")
     add("--verify", type=_rows, default=2, metavar="N|none", help="random rows to compare "
         "with perceiver-io, where it is installed (default 2); none: no checks")  # fmt: skip

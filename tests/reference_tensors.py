@@ -39,7 +39,7 @@ def random_tensors(
     tensors = {rules.FREQUENCIES: frequencies}
     for rule in rules.rules(config):
         shape = rules.torch_shape(rule, config)
-        tensors[rule.torch] = rng.normal(size=shape).astype(np.float32).astype(dtype)
+        tensors[rule.torch] = rng.normal(0, 0.3, shape).astype(np.float32).astype(dtype)
     return tensors
 
 

@@ -226,19 +226,6 @@ def test_a_hub_id_is_found_in_the_local_cache(tmp_path, monkeypatch):
         read_reference("someone/other")
 
 
-def test_tokenizer_files_travel_with_the_export(tmp_path):
-    make_safetensors(tmp_path)
-    (tmp_path / "tokenizer.json").write_text('{"a": 1}')
-    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "XLNetTokenizerFast"}')
-    found = read_reference(tmp_path)
-    params = to_flax(found.tensors, found.config)
-    out = tmp_path / "out"
-    write_reference(out, params, found.config, tokenizer_files=found.tokenizer_files)
-    assert (out / "tokenizer.json").read_text() == '{"a": 1}'
-    content = json.loads((out / "config.json").read_text())
-    assert content["tokenizer_class"] == "XLNetTokenizerFast"
-
-
 def test_fields_unknown_to_us_are_warned_of(tmp_path):
     make_safetensors(tmp_path)
     write_config(tmp_path, SMALL, num_experts=8)

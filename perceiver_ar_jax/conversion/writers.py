@@ -4,13 +4,13 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from perceiver_ar_jax.config import PerceiverARConfig
 from perceiver_ar_jax.conversion import rules
-from perceiver_ar_jax.conversion.readers import MODEL_TYPE, read_json
+from perceiver_ar_jax.conversion.readers import MODEL_TYPE
 from perceiver_ar_jax.conversion.reference_config import config_to_reference
 from perceiver_ar_jax.conversion.safetensors_files import write_safetensors
 
@@ -22,10 +22,9 @@ def write_reference(
     params: Mapping[str, Any],
     config: PerceiverARConfig,
     *,
-    tokenizer_files: Iterable[Path] = (),
     overwrite: bool = False,
 ) -> None:
-    """Writes config.json, model.safetensors and the tokenizer's files; whole or not at all.
+    """Writes config.json and model.safetensors; whole or not at all.
 
     The tensors keep the dtype of the parameters.
 
@@ -35,14 +34,19 @@ def write_reference(
     """
     specs = rules.torch_specs(params, config)
     with new_folder(folder, overwrite=overwrite) as partial:
-        for file in tokenizer_files:
-            shutil.copyfile(file, partial / Path(file).name)
         write_safetensors(
             partial / "model.safetensors",
             {PREFIX + name: spec for name, spec in specs.items()},
             ((PREFIX + name, x) for name, x in rules.iterate_torch(params, config)),
         )
-        (partial / "config.json").write_text(json.dumps(_hub_config(partial, config), indent=2))
+        hub_config = {
+            "architectures": ["PerceiverCausalLanguageModel"],
+            "is_decoder": True,
+            "model_config": config_to_reference(config),
+            "model_type": MODEL_TYPE,
+            "torch_dtype": config.param_dtype,
+        }
+        (partial / "config.json").write_text(json.dumps(hub_config, indent=2))
 
 
 @contextlib.contextmanager
@@ -69,17 +73,3 @@ def new_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _hub_config(folder: Path, config: PerceiverARConfig) -> dict[str, Any]:
-    result = {
-        "architectures": ["PerceiverCausalLanguageModel"],
-        "is_decoder": True,
-        "model_config": config_to_reference(config),
-        "model_type": MODEL_TYPE,
-        "torch_dtype": config.param_dtype,
-    }
-    tokenizer = folder / "tokenizer_config.json"
-    if tokenizer.is_file():
-        result["tokenizer_class"] = read_json(tokenizer).get("tokenizer_class")
-    return result
