@@ -3,24 +3,23 @@
 import dataclasses
 import functools
 import json
-import platform
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict, config_dict
 
 from perceiver_ar_jax import data
-from perceiver_ar_jax._version import __version__
 from perceiver_ar_jax.config import PerceiverARConfig
 from perceiver_ar_jax.data.tokenizer import load_tokenizer
 from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.generation import generate
 from perceiver_ar_jax.model import PerceiverAR, init_params
 from perceiver_ar_jax.parallel import MeshConfig, make_mesh, state_shardings, to_global
-from perceiver_ar_jax.pretrained import CHECKPOINTS_FOLDER, TOKENIZER_FOLDER, write_description
+from perceiver_ar_jax.pretrained import CHECKPOINTS_FOLDER
 from perceiver_ar_jax.training import (
     Batch,
     OptimizerConfig,
@@ -31,8 +30,10 @@ from perceiver_ar_jax.training import (
 )
 from perceiver_ar_jax.training.checkpoint import Checkpointer
 from perceiver_ar_jax.training.report import NonFiniteError, Report
+from perceiver_ar_jax.workdir import claimed, describe
 
-DONE, NON_FINITE, PREEMPTED = 0, 3, 143
+DONE, NON_FINITE = 0, 3
+SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130}  # and the exit codes after them
 
 
 def default_config() -> ConfigDict:
@@ -132,11 +133,17 @@ def run(config: ConfigDict, workdir: str | Path) -> int:
       ValueError: the config, the data or the tokenizer is unusable.
       CheckpointError: the workdir has checkpoints, but none is intact.
     """
-    # 1. What is to be done, checked.
     settings = Settings.from_config(config)
     tokenizer = load_tokenizer(config.data.tokenizer, vocab_size=settings.model.vocab_size)
-    workdir = Path(workdir)
-    _describe(workdir, config, settings, tokenizer)
+    with claimed(Path(workdir)):
+        return _train(config, settings, tokenizer, Path(workdir))
+
+
+def _train(config: ConfigDict, settings: Settings, tokenizer: Any, workdir: Path) -> int:
+    # 1. The folder says what run this is.
+    run_config = json.loads(config.to_json_best_effort())
+    for line in describe(workdir, settings.model, tokenizer, run_config):
+        print(f"changed since the last start: {line}", flush=True)
 
     # 2. Data.
     processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
@@ -209,7 +216,7 @@ def run(config: ConfigDict, workdir: str | Path) -> int:
     try:
         if step == 0:
             evaluate_and_sample()
-        while step < config.steps and not preemption.requested:
+        while step < config.steps and not preemption.exit_code:
             arrays = report.timed_wait(lambda: next(loader))
             batch = Batch(arrays["tokens"], arrays["targets"], arrays["pad_mask"])
             state, metrics = step_fn(state, to_device(batch))
@@ -220,14 +227,14 @@ def run(config: ConfigDict, workdir: str | Path) -> int:
             in_flight = step, metrics, read_tokens
 
             last = step == config.steps
-            saves = last or step % config.checkpoint_every == 0 or preemption.requested
+            saves = last or step % config.checkpoint_every == 0 or preemption.exit_code
             evaluates = last or step % config.eval_every == 0
             if saves or evaluates:
                 report.read(*in_flight)  # a state that is not finite is never saved
                 in_flight = None
             if saves:
                 checkpointer.save(state, loader.get_state())
-            if evaluates and not preemption.requested:
+            if evaluates and not preemption.exit_code:
                 evaluate_and_sample()
         checkpointer.close()
     except NonFiniteError as error:
@@ -239,44 +246,24 @@ def run(config: ConfigDict, workdir: str | Path) -> int:
         report.close()
         loader.close()
         preemption.close()
-    return PREEMPTED if preemption.requested else DONE
+    return preemption.exit_code or DONE
 
 
 class _Preemption:
-    """Notes SIGTERM, so that the run can save and leave; a second one ends it at once."""
+    """Notes SIGTERM or Ctrl-C, so that the run can save and leave; a second one ends it at once."""
 
     def __init__(self):
-        self.requested = False
-        self._before = signal.signal(signal.SIGTERM, self._note)
+        self.exit_code = None
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
 
     def close(self):
-        signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
-    def _note(self, *_):
-        self.requested = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _describe(workdir, config, settings, tokenizer):
-    """Writes what a reader of the workdir must know: config, tokenizer, machine."""
-    (workdir / TOKENIZER_FOLDER).mkdir(parents=True, exist_ok=True)
-    tokenizer.save(workdir / TOKENIZER_FOLDER)
-    write_description(
-        workdir,
-        settings.model,
-        tokenizer_sha256=tokenizer.sha256,
-        run=json.loads(config.to_json_best_effort()),
-    )
-    environment = {
-        "command": sys.argv,
-        "perceiver_ar_jax": __version__,
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "devices": [str(device) for device in jax.devices()],
-        "processes": jax.process_count(),
-        "host": platform.node(),
-    }
-    (workdir / "env.json").write_text(json.dumps(environment, indent=2) + "\n")
+    def _note(self, number, _):
+        self.exit_code = SIGNALS[number]
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
 
 
 def _sample(settings, model, params, tokenizer):

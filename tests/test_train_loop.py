@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import pytest
 
 from configs import tiny
 from perceiver_ar_jax import load_pretrained, train_loop
+from perceiver_ar_jax.training.checkpoint import CheckpointError
+from perceiver_ar_jax.workdir import claimed
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ("the", "a", "of", "river", "house", "yellow", "runs", "sees", "and", "then", "often")
@@ -115,7 +118,7 @@ def test_sigterm_saves_the_current_step_and_leaves_with_143(text, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=300) == train_loop.PREEMPTED
+    assert process.wait(timeout=300) == 143
     (step,) = (int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     assert step == max(losses(tmp_path))
 
@@ -161,3 +164,40 @@ def test_a_mistyped_flag_gets_one_line_and_code_2(tmp_path, flag, words):
     assert result.returncode == 2
     assert words in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_second_run_in_one_workdir_is_refused(text, tmp_path):
+    with claimed(tmp_path), pytest.raises(ValueError, match="another run is writing"):
+        train_loop.run(small_run(text), tmp_path)
+
+
+def test_another_model_in_the_workdir_is_refused_with_the_fields(text, straight):
+    before = (straight / "config.json").read_text()
+    with pytest.raises(ValueError, match=r"another model: num_channels: 32 -> 64"):
+        train_loop.run(small_run(text, model={"num_channels": 64}), straight)
+    assert (straight / "config.json").read_text() == before
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(text, straight, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(straight, workdir)
+    largest = max((workdir / "checkpoints/12/params").rglob("*"), key=lambda x: x.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    with pytest.warns(UserWarning, match="step 12"):
+        assert load_pretrained(workdir).step == 6
+    assert train_loop.run(small_run(text), workdir) == train_loop.DONE
+    said = capsys.readouterr()
+    assert "step 12" in said.err
+    assert "resumed from step 6" in said.out
+    assert losses(workdir) == losses(straight)
+
+
+def test_without_an_intact_checkpoint_the_run_stops(text, straight, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(straight, workdir)
+    for step in (6, 12):
+        shutil.rmtree(workdir / f"checkpoints/{step}/params")
+    with pytest.raises(CheckpointError, match=r"no intact checkpoint in .*step 12.*step 6"):
+        train_loop.run(small_run(text), workdir)

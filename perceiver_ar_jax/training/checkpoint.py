@@ -24,12 +24,12 @@ class CheckpointError(Exception):
 class Checkpointer:
     """Saves and restores the steps below one directory; saves run in the background."""
 
-    def __init__(self, directory: str | Path, *, keep_last: int = 2):
+    def __init__(self, directory: str | Path, *, keep_last: int = 2, read_only: bool = False):
         self.directory = Path(directory).absolute()
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep_last, create=True),
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if read_only else keep_last, create=not read_only, read_only=read_only
         )
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def save(self, state: TrainState, data_state: dict[str, Any]) -> None:
         """Starts to save; an error of the save before it is raised here."""
@@ -64,6 +64,9 @@ class Checkpointer:
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any], list[str]]:
         """The newest intact step, as `like` is shaped and sharded.
 
+        Newer steps that are damaged are put aside as `<step>.damaged`, so that the run can save
+        those steps again.
+
         Returns:
           The state, the data iterator's state, and a line for each newer step that was skipped.
 
@@ -72,6 +75,9 @@ class Checkpointer:
         """
         train = {"step": like.step, "opt_state": like.opt_state}
         step, restored, skipped = self._newest_intact({"params": like.params, "train": train})
+        for damaged in (newer for newer in self.steps() if newer > step):
+            (self.directory / str(damaged)).rename(self.directory / f"{damaged}.damaged")
+        self._manager.reload()
         data = self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))
         state = like.replace(params=restored["params"], **restored["train"])
         return state, data["data"], skipped
