@@ -1,5 +1,6 @@
 import itertools
 import json
+from types import SimpleNamespace
 
 import grain
 import numpy as np
@@ -266,6 +267,27 @@ def test_oddities_are_read_over_and_counted(tmp_path):
     texts = texts_of(streams_of(loader, 2))
     assert sorted(texts) == sorted(["good", "caf\ufffd", "nul \0 and ?", "long" * 20_000])
     assert loader.oddities == {"bad UTF-8": 1, "malformed line": 2, "empty document": 2}
+
+
+def test_lines_without_any_text_are_an_error_not_an_endless_search(tmp_path):
+    path = tmp_path / "other_key.jsonl"
+    path.write_text('{"content": "words"}\n' * 20)
+    with pytest.raises(ValueError, match=r'1000 documents in a row hold no text .*"text"'):
+        next(make_loader(config(path), BYTES))
+
+
+def test_a_batch_is_delivered_before_the_next_one_is_read(tmp_path):
+    """So a damaged record stops a run where it is read, not a batch before."""
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps({"text": "x" * 24}) + "\n" for _ in range(8)))
+    settings = config(path, min_seq_len=24, batch_size=4, shuffle=False, repeat=False)
+    loader = make_loader(settings, BYTES)
+    reads = []
+    loader._documents._tokenizer = SimpleNamespace(
+        encode=lambda text: reads.append(text) or BYTES.encode(text), eos_id=2
+    )
+    next(loader)
+    assert len(reads) == 4
 
 
 def test_an_empty_split_is_an_error(corpus):

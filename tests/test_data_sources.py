@@ -293,6 +293,7 @@ def test_files_can_be_sliced_into_training_and_validation(tmp_path):
     assert texts_of(train) + texts_of(validation) == everything
     assert len(validation) == 5
     assert texts_of(open_source(pattern, "train[-3:]")) == everything[-3:]
+    assert texts_of(open_source(pattern, "train[10%:35%]")) == everything[2:7]
 
 
 @pytest.mark.parametrize("paragraphs", [30, 300])

@@ -55,14 +55,17 @@ class Loader:
     def __next__(self) -> dict[str, np.ndarray]:
         if self._iterator is None:
             self._iterator = iter(self._parts())
-            self._part = next(self._iterator, None)
-        if self._part is None:
-            raise StopIteration
         parts = []
-        step = self._part["step"]
-        while self._part is not None and self._part["step"] == step:
-            parts.append(self._part)
-            self._part = next(self._iterator, None)
+        while sum(len(part["rows"]) for part in parts) < self._config.batch_size:
+            part, self._part = self._part or next(self._iterator, None), None
+            if part is None:
+                break
+            if parts and part["step"] != parts[0]["step"]:  # some worker's streams have ended
+                self._part = part
+                break
+            parts.append(part)
+        if not parts:
+            raise StopIteration
         return self._assemble(parts)
 
     def get_state(self) -> dict:

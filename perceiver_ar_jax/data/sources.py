@@ -4,7 +4,7 @@ import bisect
 import glob
 import itertools
 import json
-import math
+import os
 import re
 import resource
 from collections.abc import Callable, Sequence
@@ -86,10 +86,11 @@ def open_source(source: str, split: str) -> TextSource:
     Raises:
       ValueError: nothing readable is there; one line that says what is.
     """
+    source = os.path.expanduser(source)
     path = epath.Path(source)
     if path.is_dir():
         return _open_tfds(path, split)
-    paths = [str(path)] if path.exists() else sorted(glob.glob(str(source), recursive=True))
+    paths = [str(path)] if path.exists() else sorted(glob.glob(source, recursive=True))
     if not paths:
         raise ValueError(f"no data at {source}: neither a folder nor a file, nor does a glob match")
     kinds = {epath.Path(name).suffix for name in paths}
@@ -151,9 +152,9 @@ def _slice_of(split: str, length: int) -> tuple[int, int]:
     if not match:
         raise ValueError(f"cannot read the split {split!r}: use a form like train[:95%]")
     start, start_percent, stop, stop_percent = match.groups()
-    start = int(start or 0) * (length / 100 if start_percent else 1)
-    stop = int(stop) * (length / 100 if stop_percent else 1) if stop else length
-    return slice(math.floor(start), math.floor(stop)).indices(length)[:2]
+    start = int(start or 0) * length // 100 if start_percent else int(start or 0)
+    stop = int(stop or 100) * length // 100 if stop_percent else int(stop or length)
+    return slice(start, stop).indices(length)[:2]
 
 
 def _parse_example(record: bytes, is_last: bool) -> Text:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 
 SENTENCEPIECE_FILE = "spiece.model"
@@ -19,6 +20,7 @@ HUGGING_FACE_FILE = "tokenizer.json"
 BYTES_FILE = "tokenizer_config.json"
 BYTES_CLASS = "PerceiverTokenizer"
 XLNET_MODEL_BYTES = 798_011
+_MAX_LINE_BYTES = 1 << 16  # of what a vocabulary is trained on
 
 
 class ByteTokenizer:
@@ -32,7 +34,8 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone, no special ones added."""
-        return [byte + self.num_special for byte in text.encode("utf-8", errors="replace")]
+        data = np.frombuffer(text.encode("utf-8", errors="replace"), np.uint8)
+        return (data.astype(np.int32) + self.num_special).tolist()
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """The ids of each text."""
@@ -252,9 +255,6 @@ def _check_ids(ids: Sequence[int], vocab_size: int) -> None:
 
 def _valid_unicode(text: str) -> str:
     return text.encode("utf-8", errors="replace").decode("utf-8")
-
-
-_MAX_LINE_BYTES = 1 << 16
 
 
 def _training_lines(texts: Iterable[str]) -> Iterable[str]:

@@ -16,6 +16,7 @@ import numpy as np
 from perceiver_ar_jax.data.sources import Text, TextSource
 
 ODDITIES = ("bad UTF-8", "malformed line", "empty document")
+MAX_EMPTY_IN_A_ROW = 1000  # so that text without any does not keep a run searching for ever
 
 
 class Document(NamedTuple):
@@ -26,7 +27,7 @@ class Document(NamedTuple):
 
 
 def tokenize(text: Text, tokenizer) -> Document:
-    """An empty text has no tokens, not even eos; nor has a piece that ends no document the eos."""
+    """Encodes a text, and eos where a document ends; an empty text has no tokens at all."""
     ids = tokenizer.encode(text.text)
     if ids and text.ends_document:
         ids.append(tokenizer.eos_id)
@@ -38,7 +39,7 @@ def tokenize(text: Text, tokenizer) -> Document:
 class Documents:
     """The documents of a source by their place in the order of reading, each epoch another.
 
-    Grain gives the order only: a chain of Grain's maps would cost as much as a tokenizer.
+    Grain gives the order only: its maps would add half of what the tokenizer takes.
     """
 
     def __init__(self, source: TextSource, tokenizer, *, seed: int, shuffle: bool, repeat: bool):
@@ -182,7 +183,13 @@ class _Stream:
     def take(self, count: int, oddities: np.ndarray) -> list[np.ndarray]:
         """The next `count` tokens by document, fewer at the end; adds to `oddities`."""
         parts = []
+        begin = self.document
         while count > 0:
+            if not parts and self.document - begin > MAX_EMPTY_IN_A_ROW:
+                raise ValueError(
+                    f"{MAX_EMPTY_IN_A_ROW} documents in a row hold no text "
+                    '(JSON lines hold it under the key "text")'
+                )
             if self._tokens is None:
                 index = self.number + self._num_streams * self.document
                 if index >= len(self._documents):
