@@ -9,17 +9,17 @@ from perceiver_ar_jax.train_loop import default_config
 
 def get_config():
     config = default_config()
-    config.steps = 800
+    config.steps = 420
     config.batch_size = 8
-    config.log_every = 20
-    config.eval_every = 200
-    config.checkpoint_every = 200
+    config.log_every = 10
+    config.eval_every = 140
+    config.checkpoint_every = 140
 
     config.model.vocab_size = 4096
     config.model.max_seq_len = 512
     config.model.max_latents = 256
     config.model.num_channels = 256
-    config.model.num_heads = 4
+    config.model.num_heads = 2
     config.model.num_self_attention_layers = 4
     config.model.num_self_attention_rotary_layers = -1
     config.model.cross_attention_dropout = 0.0
@@ -28,7 +28,7 @@ def get_config():
     config.model.output_bias = False
 
     config.optimizer.learning_rate = 2e-3
-    config.optimizer.warmup_steps = 50
+    config.optimizer.warmup_steps = 40
     config.optimizer.min_fraction = 0.0
     config.optimizer.b2 = 0.98
 
