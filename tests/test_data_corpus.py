@@ -94,3 +94,23 @@ def test_tfds_reads_what_was_written_with_c4s_features(tmp_path):
         "content-type",
         "content-length",
     }
+
+
+@pytest.mark.slow
+def test_the_real_corpus_is_large_enough_and_its_parts_share_no_paragraphs():
+    splits = corpus.split_documents(corpus.collect_documents(corpus.documentation()))
+    sizes = {name: sum(len(d.text.encode()) for d in split) for name, split in splits.items()}
+    assert 4e6 < sizes["train"] < 12e6
+    assert 0.02 < sizes["validation"] / sizes["train"] < 0.04
+
+    def runs(split):
+        for document in split:
+            for paragraph in document.text.split("\n\n"):
+                words = paragraph.lower().split()
+                yield {" ".join(words[i : i + 12]) for i in range(len(words) - 11)}
+
+    known = set().union(*runs(splits["train"]))
+    held_out = [paragraph for paragraph in runs(splits["validation"]) if paragraph]
+    copied = [paragraph for paragraph in held_out if len(paragraph & known) > len(paragraph) / 2]
+    assert len(held_out) > 300
+    assert len(copied) <= len(held_out) / 100
