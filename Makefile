@@ -23,7 +23,7 @@ quickstart: install
 test: $(VENV)/installed-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist=loadfile
 
 test-slow: $(VENV)/installed-for-tests
 	$(BIN)/python -m pytest -m slow
