@@ -143,7 +143,7 @@ opcode_soup = st.lists(
 ).map(b"".join)
 
 
-@settings(max_examples=400, deadline=1000)
+@settings(max_examples=400, deadline=None)
 @given(st.one_of(st.binary(max_size=200), mutated(), opcode_soup))
 def test_any_bytes_give_an_object_or_a_value_error(data):
     tracemalloc.start()

@@ -2,7 +2,6 @@
 
 import math
 import platform
-import zlib
 from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 
 from perceiver_ar_jax.config import PerceiverARConfig
 from perceiver_ar_jax.conversion import rules
+from perceiver_ar_jax.conversion.stored_tensor import checksum
 from perceiver_ar_jax.model.positions import inverse_frequencies
 
 PACKAGES = ("perceiver-ar-jax", "jax", "flax", "numpy", "torch", "perceiver-io")
@@ -63,7 +63,7 @@ def _describe_tensor(array: np.ndarray) -> dict[str, Any]:
         "shape": list(array.shape),
         "dtype": array.dtype.name,
         "max_abs": _max_abs(array),
-        "crc32": f"{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8)):08x}",
+        "crc32": f"{checksum(array):08x}",
     }
 
 

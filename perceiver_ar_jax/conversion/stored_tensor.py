@@ -22,6 +22,11 @@ DTYPES = {
 }
 
 
+def checksum(array: np.ndarray) -> int:
+    """CRC-32 of an array's bytes, in C order."""
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
     """Place, type and shape of a tensor in a file; `np.asarray` reads it, each time anew.
@@ -52,7 +57,7 @@ class StoredTensor:
         raw = np.fromfile(self.path, np.uint8, size, offset=self.offset)
         if raw.size != size:
             raise ValueError(f"{self.path} ends within a tensor: it is cut off")
-        if self.crc32 is not None and zlib.crc32(raw) != self.crc32:
+        if self.crc32 is not None and checksum(raw) != self.crc32:
             raise ValueError(
                 f"{self.path} is damaged: the checksum of the {size} bytes at {self.offset} differs"
             )
