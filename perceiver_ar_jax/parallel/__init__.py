@@ -1,7 +1,13 @@
 from perceiver_ar_jax.parallel.mesh import (
     MeshConfig,
-    batch_sharding,
+    batch_share,
+    check_batch_size,
     make_mesh,
+    use_mesh,
+)
+from perceiver_ar_jax.parallel.sharding import (
+    batch_sharding,
+    constrain,
     replicated,
     state_shardings,
     to_global,
@@ -10,8 +16,12 @@ from perceiver_ar_jax.parallel.mesh import (
 __all__ = [
     "MeshConfig",
     "batch_sharding",
+    "batch_share",
+    "check_batch_size",
+    "constrain",
     "make_mesh",
     "replicated",
     "state_shardings",
     "to_global",
+    "use_mesh",
 ]

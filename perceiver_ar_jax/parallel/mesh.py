@@ -1,37 +1,15 @@
-"""The device mesh, its axis names, and how parameters and batches lie on it."""
+"""The device mesh, the names of its axes, and which rows of a batch each process feeds."""
 
+import contextlib
 import dataclasses
 import math
-import re
-from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh
 
 DATA, FSDP, TENSOR, CONTEXT = AXES = ("data", "fsdp", "tensor", "context")
-
-# Logical axes of arrays, and the mesh axes they are cut along.
-LOGICAL_RULES = {
-    "batch": (DATA, FSDP),
-    "embed": (FSDP,),
-    "heads": (TENSOR,),
-    "mlp": (TENSOR,),
-    "vocab": (TENSOR,),
-}
-
-# Logical axes of parameters by path; the first pattern that matches counts. Moments of the
-# optimizer end in the same paths, and so lie as their parameters do.
-PARAMETER_RULES = (
-    (r"token_embedding/embedding$", ("vocab", "embed")),
-    (r"position_embedding/embedding$", (None, "embed")),
-    (r"[qkv]_proj/kernel$", ("embed", "heads")),
-    (r"o_proj/kernel$", ("heads", "embed")),
-    (r"mlp/up/kernel$", ("embed", "mlp")),
-    (r"mlp/down/kernel$", ("mlp", "embed")),
-    (r"output_bias$", ("vocab",)),
-    (r"(norm/scale|norm/bias|o_proj/bias)$", (None,)),
-)
+BATCH_AXES = (DATA, FSDP)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +23,7 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh over all devices.
+    """The mesh over all devices; neighbours on an axis are neighbours on a TPU's torus.
 
     Raises:
       ValueError: if the axes do not multiply to the number of devices; says the arithmetic.
@@ -62,50 +40,44 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         sizes[sizes.index(-1)] = len(devices) // known
     elif known != len(devices):
         raise ValueError(f"mesh {product} = {known} devices, but there are {len(devices)}")
-    return Mesh(np.asarray(devices).reshape(sizes), AXES)
+    placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over all data-parallel devices, each row whole."""
-    return NamedSharding(mesh, PartitionSpec(LOGICAL_RULES["batch"]))
+def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
+    """Raises ValueError with the arithmetic if a batch does not divide among the devices."""
+    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if batch_size % (parts * microbatches):
+        axes = " × ".join(f"{axis}={mesh.shape[axis]}" for axis in BATCH_AXES)
+        times = f" × {microbatches} microbatches" if microbatches > 1 else ""
+        raise ValueError(
+            f"batch_size {batch_size} is no multiple of {axes}{times} = {parts * microbatches}"
+        )
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
-    return NamedSharding(mesh, PartitionSpec())
+def batch_share(mesh: Mesh, process_index: int | None = None) -> tuple[int, int]:
+    """Which part of each batch a process feeds, as (index, count).
 
-
-def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
-    """The sharding of every leaf of a train state or of parameters, by its path.
+    Processes that hold the same rows, on other tensor or context coordinates, feed the same part.
 
     Raises:
-      ValueError: if no rule covers a leaf, or a dimension does not divide among its devices.
+      ValueError: if the rows of two processes overlap in part.
     """
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: _leaf_sharding(
-            jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, mesh
-        ),
-        abstract_state,
-    )
+    process_index = jax.process_index() if process_index is None else process_index
+    rows = mesh.devices.reshape(mesh.shape[DATA] * mesh.shape[FSDP], -1)
+    rows_of = {}
+    for row, devices in enumerate(rows):
+        for device in devices:
+            rows_of.setdefault(device.process_index, set()).add(row)
+    shares = sorted({tuple(sorted(held)) for held in rows_of.values()})
+    if sum(map(len, shares)) != len(rows):
+        raise ValueError(
+            f"processes share rows of the batch in part: they hold {shares} of "
+            f"{len(rows)} row groups; choose data × fsdp a multiple of the number of processes"
+        )
+    return shares.index(tuple(sorted(rows_of[process_index]))), len(shares)
 
 
-def to_global(batch: Any, mesh: Mesh) -> Any:
-    """Arrays of this process's rows to arrays of all rows, spread over the mesh."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
-
-
-def _leaf_sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    if not shape:
-        return replicated(mesh)
-    logical = next((axes for pattern, axes in PARAMETER_RULES if re.search(pattern, path)), None)
-    if logical is None or len(logical) != len(shape):
-        raise ValueError(f"no sharding rule for {path} of shape {shape}")
-    spec = [LOGICAL_RULES[axis] if axis else None for axis in logical]
-    for axes, size in zip(spec, shape, strict=True):
-        parts = math.prod(mesh.shape[axis] for axis in axes or ())
-        if size % parts:
-            raise ValueError(
-                f"{path} of shape {shape}: {size} does not divide by {'×'.join(axes)} = {parts}"
-            )
-    return NamedSharding(mesh, PartitionSpec(*spec))
+def use_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
+    """What is traced inside lays out its activations on the mesh; arrays stay where they are."""
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
