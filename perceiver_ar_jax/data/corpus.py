@@ -185,18 +185,20 @@ def long_strings(source: str) -> Iterator[str]:
     """The string constants of 80 characters and more, docstrings and arguments alike."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in other people's code
-        nodes = list(ast.walk(ast.parse(source)))
-    pieces = {
-        id(piece) for node in nodes if isinstance(node, ast.JoinedStr) for piece in node.values
-    }
-    found = [
-        node
-        for node in nodes
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in pieces
-    ]
-    for node in sorted(found, key=lambda node: (node.lineno, node.col_offset)):
-        if len(node.value) >= _MIN_STRING_CHARS:
-            yield node.value
+        nodes = [ast.parse(source)]
+    found = []
+    while nodes:  # ast.walk takes three times as long
+        node = nodes.pop()
+        if isinstance(node, ast.Constant):
+            if isinstance(node.value, str) and len(node.value) >= _MIN_STRING_CHARS:
+                found.append((node.lineno, node.col_offset, node.value))
+        elif not isinstance(node, ast.JoinedStr):  # an f-string has only fragments
+            for value in vars(node).values():
+                if isinstance(value, ast.AST):
+                    nodes.append(value)
+                elif isinstance(value, list):
+                    nodes += [item for item in value if isinstance(item, ast.AST)]
+    yield from (string for _, _, string in sorted(found))
 
 
 def main() -> None:
