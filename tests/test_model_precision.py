@@ -48,7 +48,7 @@ def test_bf16_parameters_are_a_setting_of_their_own():
     assert run(config).dtype == jnp.float32
 
 
-def test_the_residual_stream_and_the_norms_are_float32_under_bf16_computation():
+def test_norms_and_softmax_are_float32_under_bf16_computation_and_products_are_not():
     config = small_config(dtype="bfloat16")
     model, params = PerceiverAR(config), random_params(config)
     jaxpr = jax.make_jaxpr(lambda p: model.apply({"params": p}, TOKENS, 7))(params)
@@ -65,3 +65,18 @@ def test_the_residual_stream_and_the_norms_are_float32_under_bf16_computation():
     is_jaxpr = lambda x: hasattr(x, "jaxpr")
     visit(jaxpr.jaxpr)
     assert dtypes == {"rsqrt": {"float32"}, "exp": {"float32"}, "dot_general": {"bfloat16"}}
+
+
+def test_the_residual_stream_is_float32_under_bf16_computation():
+    config = small_config(abs_pos_emb=False, output_bias=False)
+    params = jax.tree.map(np.zeros_like, random_params(config))  # no branch adds anything
+    rng = np.random.default_rng(0)
+    small = rng.standard_normal(params["token_embedding"]["embedding"].shape)
+    params["token_embedding"]["embedding"] += 1024 + small  # in bf16, steps of 4 up from 512
+    params["out_norm"]["scale"] += 1
+
+    def hidden(dtype):
+        model = PerceiverAR(config.replace(dtype=dtype))
+        return quick_jit(lambda: model.apply({"params": params}, TOKENS, 7, method="hidden"))()
+
+    np.testing.assert_allclose(hidden("bfloat16").astype(float), hidden("float32"), atol=0.02)
