@@ -71,4 +71,100 @@ class Slide:
         return model.apply({"params": params}, tokens_B, state, method="decode_step")
 
 
-POLICIES = {"slide": Slide()}
+@struct.dataclass
+class Window:
+    """The state of `Reset`: a cache, and the newest tokens, which a full pass reads again."""
+
+    cache: Cache
+    tokens_BW: jax.Array  # padded on the left
+    pads_B: jax.Array
+
+    def take(self, rows_B: jax.Array) -> "Window":
+        """The state of some rows, possibly several times."""
+        return Window(self.cache.take(rows_B), self.tokens_BW[rows_B], self.pads_B[rows_B])
+
+    def append(self, tokens_B: jax.Array) -> "Window":
+        """Moves the window by one token a row; the cache has not read it yet."""
+        tokens_BW = jnp.concatenate([self.tokens_BW[:, 1:], tokens_B[:, None]], axis=1)
+        return Window(self.cache, tokens_BW, jnp.maximum(self.pads_B - 1, 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Reset:
+    """When the latents are used up, one full pass makes the newest `refill` tokens the latents.
+
+    So what has become prefix is read as prefix, unlike in `Slide`. Between two such passes the
+    cache is exact: tokens cost a step, and one in (max_latents - refill + 1) costs a full pass.
+    The pass reads at most max_prefix_len + refill tokens, the newest.
+
+    Source: paper (arXiv 2202.07765), appendix E.3.
+
+    Args:
+      refill: latents after a full pass, 1 to max_latents; None is the larger of
+        max_latents - 128 and max_latents // 2, and at least 1.
+    """
+
+    refill: int | None = None
+
+    def start(self, context: Context, max_new_tokens: int, config: PerceiverARConfig) -> Window:
+        """Room for max_latents latents, and for the longest prefix that can occur."""
+        length = context.tokens_BS.shape[1]
+        refill = self.latents_after(config)
+        prefix_len = min(length + max_new_tokens - refill, config.max_prefix_len)
+        width = max(prefix_len, 0) + refill
+        missing = width - length
+        tokens_BW = jnp.pad(context.tokens_BS, ((0, 0), (max(missing, 0), 0)))[:, -width:]
+        prompt_prefix_len = length - context.hidden_BLD.shape[1]
+        cache = context.cache.with_room(
+            columns=max(width - refill, prompt_prefix_len) + config.max_latents,
+            latents=config.max_latents,
+        )
+        return Window(cache, tokens_BW, jnp.maximum(cache.pads_B + missing, 0))
+
+    def step(
+        self, model: PerceiverAR, params: Any, tokens_B: jax.Array, state: Window
+    ) -> tuple[jax.Array, Window]:
+        """One step over the cache while latents are left, else a full pass over the window."""
+        full = state.cache.num_latents == model.config.max_latents
+        state = state.append(tokens_B)
+
+        def read_again(cache):
+            pad_mask_BW = jnp.arange(state.tokens_BW.shape[1]) < state.pads_B[:, None]
+            prefix_len = state.tokens_BW.shape[1] - self.latents_after(model.config)
+            hidden_BLD, fresh = model.apply(
+                {"params": params}, state.tokens_BW, prefix_len, pad_mask_BW, method="prefill"
+            )
+            fresh = fresh.with_room(columns=cache.cross.capacity, latents=model.config.max_latents)
+            return hidden_BLD[:, -1], fresh
+
+        def read_token(cache):
+            return model.apply({"params": params}, tokens_B, cache, method="decode_step")
+
+        hidden_BD, cache = jax.lax.cond(full, read_again, read_token, state.cache)
+        return hidden_BD, state.replace(cache=cache)
+
+    def latents_after(self, config: PerceiverARConfig) -> int:
+        """How many tokens a full pass makes latents."""
+        if self.refill is None:
+            return max(config.max_latents - 128, config.max_latents // 2, 1)
+        if not 0 < self.refill <= config.max_latents:
+            raise ValueError(f"refill={self.refill} out of valid range [1..{config.max_latents}]")
+        return self.refill
+
+
+@dataclasses.dataclass(frozen=True)
+class Recompute(Reset):
+    """A full pass a token once the latents are used up: the oldest becomes prefix each time.
+
+    Every token comes from an exact pass over the newest max_seq_len tokens, the newest max_latents
+    of them latents. The slowest policy. Until the latents are used up the cache is exact too.
+    """
+
+    refill: None = dataclasses.field(default=None, init=False)
+
+    def latents_after(self, config: PerceiverARConfig) -> int:
+        """All of them."""
+        return config.max_latents
+
+
+POLICIES = {"slide": Slide(), "recompute": Recompute(), "reset": Reset()}

@@ -7,7 +7,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from perceiver_ar_jax.config import PerceiverARConfig
 from perceiver_ar_jax.model import attention
-from perceiver_ar_jax.model.cache import KeysValues
+from perceiver_ar_jax.model.cache import KeysValues, LayerCache
 from perceiver_ar_jax.model.positions import Rotation, rotate
 from perceiver_ar_jax.parallel import constrain
 
@@ -161,9 +161,9 @@ class CrossAttentionLayer(nn.Module):
         rotation_keys: Rotation,
         mask_BLK: jax.Array,
         deterministic: bool = True,
-        cache: KeysValues | None = None,
+        cache: LayerCache | None = None,
         slot: jax.Array | None = None,
-    ) -> tuple[jax.Array, KeysValues]:
+    ) -> tuple[jax.Array, KeysValues | LayerCache]:
         """Returns latents (B, L, D), and the keys and values of prefix and latents.
 
         With a cache, the new keys and values join it in `slot`, all of it is attended to, and it
@@ -174,8 +174,11 @@ class CrossAttentionLayer(nn.Module):
         keys_BKD = jnp.concatenate([self.kv_norm(prefix_BPD), normed_BLD], axis=1)
         q_BLNH = self.attention.queries(normed_BLD, rotation_latents)
         kv = self.attention.keys_values(keys_BKD, rotation_keys)
-        kv = kv if cache is None else cache.write(kv, slot)
-        return _residual_branches(self, latents_BLD, q_BLNH, kv, mask_BLK, deterministic), kv
+        if cache is None:
+            return _residual_branches(self, latents_BLD, q_BLNH, kv, mask_BLK, deterministic), kv
+        cache = cache.write(kv, slot)
+        kv = cache.keys_values
+        return _residual_branches(self, latents_BLD, q_BLNH, kv, mask_BLK, deterministic), cache
 
 
 class SelfAttentionLayer(nn.Module):
@@ -197,15 +200,18 @@ class SelfAttentionLayer(nn.Module):
         mask_BLK: jax.Array,
         *,
         deterministic: bool = True,
-        cache: KeysValues | None = None,
+        cache: LayerCache | None = None,
         slot: jax.Array | None = None,
-    ) -> tuple[jax.Array, KeysValues]:
+    ) -> tuple[jax.Array, KeysValues | LayerCache]:
         """Returns latents (B, L, D), and their keys and values; `cache` as in the hybrid layer."""
         normed_BLD = self.norm(x_BLD)
         q_BLNH = self.attention.queries(normed_BLD, rotation)
         kv = self.attention.keys_values(normed_BLD, rotation)
-        kv = kv if cache is None else cache.write(kv, slot)
-        return _residual_branches(self, x_BLD, q_BLNH, kv, mask_BLK, deterministic), kv
+        if cache is None:
+            return _residual_branches(self, x_BLD, q_BLNH, kv, mask_BLK, deterministic), kv
+        cache = cache.write(kv, slot)
+        kv = cache.keys_values
+        return _residual_branches(self, x_BLD, q_BLNH, kv, mask_BLK, deterministic), cache
 
 
 def _residual_branches(layer, x_BLD, q_BLNH, kv, mask_BLK, deterministic):
