@@ -103,10 +103,11 @@ def _stream(pretrained, text, prompts, options) -> None:
     pieces = TextStream(pretrained.tokenizer)
     for token in prompts[0]:
         pieces.push(token)
-    print(text, end="", flush=True)
     start = time.monotonic()
     times = []
     for (token,) in stream(pretrained.model, pretrained.params, prompts, **options):
+        if not times:
+            print(text, end="", flush=True)
         times.append(time.monotonic() - start)
         if token == options["eos_token_id"]:
             break

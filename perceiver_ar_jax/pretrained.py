@@ -116,7 +116,7 @@ def _load_ours(folder, description):
     config = PerceiverARConfig.from_dict(description["model"])
     model = PerceiverAR(config)
     abstract = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
-    checkpointer = Checkpointer(folder / CHECKPOINTS_FOLDER, read_only=True)
+    checkpointer = Checkpointer(folder / CHECKPOINTS_FOLDER)
     params, step, skipped = checkpointer.restore_params(abstract)
     checkpointer.close()
     for line in skipped:

@@ -24,11 +24,10 @@ class CheckpointError(Exception):
 class Checkpointer:
     """Saves and restores the steps below one directory; saves run in the background."""
 
-    def __init__(self, directory: str | Path, *, keep_last: int = 2, read_only: bool = False):
+    def __init__(self, directory: str | Path, *, keep_last: int = 2):
         self.directory = Path(directory).absolute()
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else keep_last, create=not read_only, read_only=read_only
-        )
+        self.directory.mkdir(parents=True, exist_ok=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep_last, create=False)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def save(self, state: TrainState, data_state: dict[str, Any]) -> None:
