@@ -364,6 +364,15 @@ def _(folder):
     return path
 
 
+@broken("an entry lies outside the file")
+def _(folder):
+    path = make_single_bin(folder)
+    data = path.read_bytes()
+    place = data.index(b"PK\x01\x02") + 42  # where the directory says that the first entry is
+    path.write_bytes(data[:place] + b"\xf0\xff\xff\xff" + data[place + 4 :])
+    return path
+
+
 @broken("its entries are compressed")
 def _(folder):
     write_archive(folder / "x.bin", b"N", compression=zipfile.ZIP_DEFLATED)

@@ -118,11 +118,13 @@ def _records(path: Path) -> dict[str, Record]:
             for entry in archive.infolist():
                 if entry.compress_type != zipfile.ZIP_STORED:
                     raise ValueError("its entries are compressed, which torch.save never does")
+                if not 0 <= entry.header_offset < file_size:
+                    raise ValueError("an entry lies outside the file")
                 file.seek(entry.header_offset)
                 name_size, extra_size = struct.unpack("<26x2H", file.read(30))
                 offset = entry.header_offset + 30 + name_size + extra_size
                 if offset + entry.file_size > file_size:
-                    raise ValueError("an entry lies beyond the end of the file")
+                    raise ValueError("an entry lies outside the file")
                 records[entry.filename] = Record(offset, entry.file_size, entry.CRC)
     except (zipfile.BadZipFile, struct.error, NotImplementedError, OverflowError) as error:
         raise ValueError(f"the zip archive is cut off or damaged ({error})") from None
