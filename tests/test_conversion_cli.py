@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import subprocess
@@ -18,11 +19,14 @@ from reference_tensors import (
 )
 from torch_zip import text, write_archive
 
-import convert_from_torch
 from perceiver_ar_jax import load_pretrained
 from perceiver_ar_jax.conversion import read_reference
 
 ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "convert_from_torch.py"
+spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
+convert_from_torch = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(convert_from_torch)
 
 
 @pytest.fixture
@@ -227,9 +231,8 @@ def test_bad_input_gets_one_line_and_code_2(name, hub_folder, tmp_path, capsys):
 def test_the_command_compares_logits_with_perceiver_io_by_default(hub_folder, tmp_path):
     pytest.importorskip("torch", reason="parity needs requirements-parity.txt")
     write_config(hub_folder, SMALL, activation_offloading=True)
-    command = [sys.executable, ROOT / "convert_from_torch.py"]
     done = subprocess.run(
-        [*command, hub_folder, "--output", tmp_path / "ours"],
+        [sys.executable, SCRIPT, hub_folder, "--output", tmp_path / "ours"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,

@@ -14,8 +14,10 @@ from reference import (
 )
 from reference_tensors import CONFIGS, SMALL, assert_same_bits, random_tensors
 
+from perceiver_ar_jax import PerceiverARConfig
 from perceiver_ar_jax.conversion import read_reference, to_flax, to_torch, write_reference
 from perceiver_ar_jax.conversion.certificate import describe_frequencies
+from perceiver_ar_jax.conversion.reference_config import config_to_reference
 from perceiver_ar_jax.conversion.torch_files import read_torch_file
 from perceiver_ar_jax.conversion.verification import Inputs, our_logits
 from perceiver_ar_jax.model import PerceiverAR
@@ -44,6 +46,13 @@ def assert_same_logits(backend, config, params):
         ).logits
     actual = our_logits(params, config, Inputs(tokens, prefix_len, pads))
     assert_close_to_reference(actual, expected, 2e-5)
+
+
+def test_config_fields_are_those_of_the_reference():
+    fields = config_to_reference(SMALL)
+    assert set(fields) == set(clm.CausalLanguageModelConfig.__dataclass_fields__)
+    defaults = vars(clm.CausalLanguageModelConfig())
+    assert defaults == config_to_reference(PerceiverARConfig())
 
 
 @pytest.mark.parametrize("seed", range(6))

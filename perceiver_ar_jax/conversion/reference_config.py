@@ -1,15 +1,31 @@
 """The fields of perceiver-io's model config, to ours and back."""
 
-import dataclasses
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from perceiver_ar_jax.config import PerceiverARConfig
 
-# Ours alone: perceiver-io has no place for them.
-OURS = {"dtype", "param_dtype", "remat", "scan_layers", "attention", "rotary_inv_freq"}
-SHARED = [f.name for f in dataclasses.fields(PerceiverARConfig) if f.name not in OURS]
+# perceiver-io's names; what else PerceiverARConfig has is ours alone.
+SHARED = (
+    "vocab_size",
+    "max_seq_len",
+    "max_latents",
+    "num_channels",
+    "num_heads",
+    "max_heads_parallel",
+    "num_self_attention_layers",
+    "num_self_attention_rotary_layers",
+    "self_attention_widening_factor",
+    "cross_attention_widening_factor",
+    "cross_attention_dropout",
+    "post_attention_dropout",
+    "residual_dropout",
+    "output_norm",
+    "output_bias",
+    "abs_pos_emb",
+    "init_scale",
+)
 # What perceiver-io added after its first checkpoints were published; their defaults are those of
 # PerceiverARConfig, so such files need no word of warning.
 ADDED_LATER = {
