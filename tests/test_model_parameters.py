@@ -3,7 +3,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from small_models import small_config
+from small_models import quick_jit, small_config
 
 from perceiver_ar_jax import PerceiverAR, PerceiverARConfig
 from perceiver_ar_jax.model import init_params
@@ -54,7 +54,7 @@ def test_widening_factors_are_those_of_each_kind_of_layer():
 
 def test_initial_weights_are_normal_with_init_scale_biases_0_and_norms_1_and_0():
     config = small_config(num_channels=64, init_scale=0.05)
-    params = init_params(PerceiverAR(config), jax.random.key(0))
+    params = quick_jit(lambda: init_params(PerceiverAR(config), jax.random.key(0)))()
     for path, leaf in jax.tree.leaves_with_path(params):
         if path[-1].key in ("kernel", "embedding"):
             tolerance = 4 / math.sqrt(leaf.size)
