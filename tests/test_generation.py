@@ -17,6 +17,7 @@ from perceiver_ar_jax.generation.loop import (
     continue_until,
 )
 from perceiver_ar_jax.generation.sampling import Greedy
+from perceiver_ar_jax.model import init_params
 
 CONFIG = PerceiverARConfig(
     vocab_size=50,
@@ -35,7 +36,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def params(model):
-    params = model.init(jax.random.key(0), jnp.zeros((1, 4), int), prefix_len=2)["params"]
+    params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     moved = [x + 0.4 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
@@ -150,6 +151,18 @@ def test_closing_a_stream_frees_its_arrays(model, params):
     assert len(jax.live_arrays()) == before
 
 
+def test_stream_does_not_wait_for_beams(model, params):
+    with pytest.raises(ValueError, match="stream needs num_beams=1"):
+        stream(model, params, [[1, 2, 3]], num_beams=2)
+
+
+def test_contrastive_search_streams(model, params):
+    options = {"penalty_alpha": 0.6, "top_k": 3, "max_new_tokens": 9}
+    expected = generate(model, params, [[1, 2, 3]], **options)[0, 3:]
+    streamed = stream(model, params, [[1, 2, 3]], **options)
+    np.testing.assert_array_equal(np.concatenate(list(streamed)), expected)
+
+
 def test_log_probs_are_those_of_a_full_pass(model, params):
     generated = generate_with_log_probs(
         model, params, [[1, 2, 3, 4]], num_latents=2, max_new_tokens=6, repetition_penalty=1.2
@@ -177,7 +190,7 @@ def test_a_prompt_read_once_is_continued_many_times(model, params):
 def test_prompts_of_any_length_compile_few_programs():
     config = CONFIG.replace(max_seq_len=1024, max_latents=128, num_channels=4, num_heads=1)
     model = PerceiverAR(config)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 4), int), prefix_len=2)["params"]
+    params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
     compiled = []
 
     def count(name, _, **__):
@@ -221,6 +234,12 @@ def test_prompts_of_any_length_compile_few_programs():
         ([[1]], {"top_p": 1.5}, "top_p must be between 0 and 1, not 1.5"),
         ([[1]], {"policy": "glide"}, "policy must be one of slide.*, not 'glide'"),
         ([[1]], {"do_sample": True}, "do_sample=True needs rng"),
+        ([[1]], {"num_return_sequences": 2}, "need do_sample=True or beam search"),
+        ([[1]], {"num_beams": 2, "num_return_sequences": 3}, "=3 exceeds num_beams=2"),
+        ([[1]], {"num_beams": 2, "do_sample": True}, "beam search does not sample"),
+        ([[1]], {"early_stopping": "soon"}, "early_stopping must be True, False or 'never'"),
+        ([[1]], {"penalty_alpha": 0.5}, "penalty_alpha needs top_k"),
+        ([[1]], {"penalty_alpha": 0.5, "top_k": 4, "num_beams": 2}, "neither do_sample nor num_b"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(model, params, prompt, options, message):

@@ -52,8 +52,8 @@ def generate(
       num_latents: how many of the prompt's last positions are latents at the start.
       pad_mask: (B, S), True at the pads of a left-padded array.
       **options: how to continue, see `Options`: max_new_tokens, do_sample, temperature, top_k,
-        top_p, min_p, repetition_penalty, num_return_sequences, eos_token_id, pad_token_id,
-        policy, rng.
+        top_p, min_p, repetition_penalty, penalty_alpha, num_beams, length_penalty,
+        early_stopping, num_return_sequences, eos_token_id, pad_token_id, policy, rng.
 
     Raises:
       ValueError: if a length, a token id or an option is out of range.
@@ -93,18 +93,15 @@ def stream(
     pad_mask: np.ndarray | None = None,
     **options,
 ) -> Iterator[np.ndarray]:
-    """Yields the tokens of `generate` as they come, (B,) int32 each, until all rows have ended.
+    """An iterator over the tokens of `generate`, (B,) int32 each, until all rows have ended.
 
     Arguments as in `generate`. No token is computed before it is asked for: closing the iterator
     ends the work and frees its memory.
     """
-    run = _Run(model, params, prompt, num_latents, pad_mask, Options.of(**options))
-    progress = run.begin()
-    for count in range(1, run.options.max_new_tokens + 1):
-        progress = run.continue_until(progress, count)
-        if progress.count < count:
-            return
-        yield np.asarray(progress.tokens_BT[:, count - 1])
+    options = Options.of(**options)
+    if options.num_beams > 1:
+        raise ValueError("beam search knows no token before its end: stream needs num_beams=1")
+    return _Run(model, params, prompt, num_latents, pad_mask, options).new_tokens()
 
 
 def prefill(
@@ -140,20 +137,27 @@ class _Run:
             *self.inputs,
             self.prefilled.context,
             max_new_tokens=prompts.bucket_size(self.options.max_new_tokens),
-            num_return_sequences=self.options.num_return_sequences,
             **self.static,
         )
 
     def continue_until(self, progress, count):
         return _continue_until(*self.inputs, progress, np.int32(count), **self.static)
 
+    def new_tokens(self):
+        progress = self.begin()
+        for count in range(1, self.options.max_new_tokens + 1):
+            progress = self.continue_until(progress, count)
+            if progress.count < count:
+                return
+            yield np.asarray(progress.tokens_BT[:, count - 1])
+
     def result(self, progress):
+        method = self.options.method
         tokens_BS, pad_mask_BS, _ = self.prefilled
         prompt_BS = np.where(pad_mask_BS, self.options.pad_token_id, tokens_BS).astype(np.int32)
         prompt_BS = np.repeat(prompt_BS, self.options.num_return_sequences, axis=0)
         tokens_BT, log_probs_BT = (
-            np.asarray(x)[:, : self.options.max_new_tokens]
-            for x in (progress.tokens_BT, progress.log_probs_BT)
+            np.asarray(x)[:, : self.options.max_new_tokens] for x in method.finish(progress)
         )
         return Generated(np.concatenate([prompt_BS, tokens_BT], axis=1), log_probs_BT)
 
@@ -172,23 +176,10 @@ def _transposed_embedding(params, *, model):
     return model.apply({"params": params}, method="transposed_embedding")
 
 
-@functools.partial(
-    jax.jit, static_argnames=("max_new_tokens", "num_return_sequences", "model", "policy")
-)
-def _begin(
-    params,
-    embedding_DV,
-    method,
-    ending,
-    context,
-    *,
-    max_new_tokens,
-    num_return_sequences,
-    model,
-    policy,
-):
-    rows_B = jnp.repeat(jnp.arange(len(context.tokens_BS)), num_return_sequences)
-    context = context.take(rows_B)
+@functools.partial(jax.jit, static_argnames=("max_new_tokens", "model", "policy"))
+def _begin(params, embedding_DV, method, ending, context, *, max_new_tokens, model, policy):
+    rows_R = jnp.repeat(jnp.arange(len(context.tokens_BS)), method.rows_per_prompt)
+    context = context.take(rows_R)
     return method.begin(
         _decoder(params, embedding_DV, model, policy),
         context,

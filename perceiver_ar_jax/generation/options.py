@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from perceiver_ar_jax.generation.loop import Ending, TokenByToken
+from perceiver_ar_jax.generation.beam_search import BeamSearch
+from perceiver_ar_jax.generation.contrastive_search import ContrastiveSearch
+from perceiver_ar_jax.generation.loop import Ending, Method, TokenByToken
 from perceiver_ar_jax.generation.policies import POLICIES, Policy
 from perceiver_ar_jax.generation.sampling import (
     Greedy,
@@ -35,7 +37,11 @@ class Options:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float = 1.0
-    num_return_sequences: int = 1  # a prompt
+    penalty_alpha: float | None = None  # above 0: contrastive search among top_k candidates
+    num_beams: int = 1  # above 1: beam search
+    length_penalty: float = 1.0  # of beam search: above 0 favours longer texts
+    early_stopping: bool | str = False  # of beam search: True, False or "never"
+    num_return_sequences: int = 1  # a prompt, from sampling or beam search
     eos_token_id: int | Sequence[int] | None = None  # one of these ends a row
     pad_token_id: int = 0  # fills ended rows
     policy: str | Policy = "slide"  # or "recompute", "reset", or a policy of your own making
@@ -69,14 +75,22 @@ class Options:
         return Ending(np.atleast_1d(np.asarray(eos, np.int32)), np.int32(self.pad_token_id))
 
     @property
-    def method(self) -> TokenByToken:
+    def method(self) -> Method:
         """The search method."""
-        penalty = None
-        if self.repetition_penalty != 1.0:
-            penalty = RepetitionPenalty(float(self.repetition_penalty))
-        return TokenByToken(
-            choose=Sample(self.filters, self.rng) if self.do_sample else Greedy(), penalty=penalty
-        )
+        penalty = RepetitionPenalty(float(self.repetition_penalty))
+        if self.num_beams > 1:
+            return BeamSearch(
+                num_beams=self.num_beams,
+                num_return_sequences=self.num_return_sequences,
+                early_stopping=self.early_stopping,
+                length_penalty=float(self.length_penalty),
+                max_new_tokens=self.max_new_tokens,
+                penalty=penalty,
+            )
+        if self.penalty_alpha:
+            return ContrastiveSearch(self.top_k, float(self.penalty_alpha), penalty)
+        choose = Sample(self.filters, self.rng) if self.do_sample else Greedy()
+        return TokenByToken(choose, penalty, rows_per_prompt=self.num_return_sequences)
 
     @property
     def filters(self) -> tuple[Temperature | TopK | TopP | MinP, ...]:
@@ -111,5 +125,26 @@ class Options:
             yield f"policy must be one of {', '.join(POLICIES)}, not {self.policy!r}"
         if self.do_sample and self.rng is None:
             yield "do_sample=True needs rng, a jax.random.key"
-        if not self.do_sample and self.num_return_sequences > 1:
-            yield "several num_return_sequences need do_sample=True"
+        if self.num_beams < 1:
+            yield f"num_beams must be at least 1, not {self.num_beams}"
+        if self.early_stopping not in (True, False, "never"):
+            yield f"early_stopping must be True, False or 'never', not {self.early_stopping!r}"
+        yield from self._conflicts()
+
+    def _conflicts(self):
+        if self.num_beams > 1 and self.do_sample:
+            yield "beam search does not sample: do_sample=True needs num_beams=1"
+        if self.num_beams > 1 and self.num_return_sequences > self.num_beams:
+            yield (
+                f"num_return_sequences={self.num_return_sequences} exceeds "
+                f"num_beams={self.num_beams}"
+            )
+        if self.num_beams == 1 and not self.do_sample and self.num_return_sequences > 1:
+            yield "several num_return_sequences need do_sample=True or beam search"
+        if self.penalty_alpha:
+            if not 0.0 < self.penalty_alpha <= 1.0:
+                yield f"penalty_alpha must be between 0 and 1, not {self.penalty_alpha}"
+            if self.top_k is None or self.top_k < 2:
+                yield "penalty_alpha needs top_k, the number of candidates, to be at least 2"
+            if self.do_sample or self.num_beams > 1:
+                yield "contrastive search (penalty_alpha) goes with neither do_sample nor num_beams"
