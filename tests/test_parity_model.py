@@ -27,7 +27,7 @@ from perceiver_ar_jax.model import init_params, perceiver_ar
 
 @pytest.mark.parametrize("seed", range(60))
 def test_logits_are_those_of_perceiver_io(seed):
-    assert max(logit_errors(seed)) <= 2e-5
+    assert np.max(logit_errors(seed)) <= 2e-5
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -38,7 +38,7 @@ def test_gradients_of_all_parameters_are_those_of_perceiver_io(seed):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_cached_decoding_gives_the_logits_of_perceiver_io_past_all_limits(seed):
-    assert max(cached_logit_errors(seed)) <= 2e-5
+    assert np.max(cached_logit_errors(seed)) <= 2e-5
 
 
 def test_training_mode_is_that_of_perceiver_io_where_the_same_prefix_columns_drop(monkeypatch):
