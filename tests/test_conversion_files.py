@@ -345,6 +345,21 @@ def _(folder):
     return folder
 
 
+@broken("is in two of its files")
+def _(folder):
+    (folder / "model.safetensors").unlink()
+    make_safetensors_shards(folder)
+    write_tensors(folder / "model-00002-of-00003.safetensors", NAMED)
+    return folder
+
+
+@broken("some tensors are there with and without the prefix backend_model.")
+def _(folder):
+    extra = {"output_adapter.bias": TENSORS["output_adapter.bias"]}
+    write_tensors(folder / "model.safetensors", NAMED | extra)
+    return folder
+
+
 @broken("has no hyper_parameters .*, and there is no .*config.json")
 def _(folder):
     (folder / "config.json").unlink()

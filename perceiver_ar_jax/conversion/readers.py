@@ -104,7 +104,10 @@ def _read_shards(folder: Path, index: Path) -> dict[str, StoredTensor | np.ndarr
     for name in sorted(set(places.values())):
         if Path(name).name != name or not (folder / name).is_file():
             raise ValueError(f"{index} names {name!r}, which is not in its folder")
-        tensors |= _state_dict(_read_weights(folder / name), folder / name)
+        shard = _state_dict(_read_weights(folder / name), folder / name)
+        if shard.keys() & tensors:
+            raise ValueError(f"{index}: {min(shard.keys() & tensors)} is in two of its files")
+        tensors |= shard
     missing = sorted(set(places) - set(tensors))
     if missing:
         raise ValueError(f"{index} names {missing[0]}, which is not in {places[missing[0]]}")
@@ -158,7 +161,10 @@ def _without_prefix(
             f"no Perceiver AR: {len(prefixes)} of its {len(tensors)} tensors end in "
             f"{rules.TOKEN_EMBEDDING}, the first are {list(tensors)[:3]}"
         )
-    return {name.removeprefix(prefixes[0]): tensor for name, tensor in tensors.items()}
+    result = {name.removeprefix(prefixes[0]): tensor for name, tensor in tensors.items()}
+    if len(result) < len(tensors):
+        raise ValueError(f"some tensors are there with and without the prefix {prefixes[0]}")
+    return result
 
 
 def _model_config(path: Path) -> Mapping[str, Any]:
