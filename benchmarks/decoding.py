@@ -24,7 +24,11 @@ CLOCK = time.process_time
 
 MODELS = {
     "tiny": PerceiverARConfig(
-        max_seq_len=1024, max_latents=256, num_channels=256, num_heads=4, num_self_attention_layers=4
+        max_seq_len=1024,
+        max_latents=256,
+        num_channels=256,
+        num_heads=4,
+        num_self_attention_layers=4,
     ),
     "bytes_small": PerceiverARConfig.bytes_small(),
     "clm_base": PerceiverARConfig.clm_base(),

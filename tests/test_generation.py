@@ -9,7 +9,13 @@ import pytest
 from flax import struct
 
 from perceiver_ar_jax import PerceiverAR, PerceiverARConfig, generate
-from perceiver_ar_jax.generation import generate_with_log_probs, prefill, stream
+from perceiver_ar_jax.generation import (
+    generate_with_log_probs,
+    load_prefilled,
+    prefill,
+    save_prefilled,
+    stream,
+)
 from perceiver_ar_jax.generation.loop import (
     Decoder,
     Ending,
@@ -185,6 +191,32 @@ def test_a_prompt_read_once_is_continued_many_times(model, params):
     for options in ({"max_new_tokens": 20}, {"do_sample": True, "rng": jax.random.key(3)}) * 2:
         expected = generate(model, params, [[1, 2, 3], [4, 5]], num_latents=2, **options)
         np.testing.assert_array_equal(generate(model, params, read, **options), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_prompt_read_once_survives_a_file_bit_for_bit(params, tmp_path, dtype):
+    model = PerceiverAR(CONFIG.replace(dtype=dtype))
+    read = prefill(model, params, [[1, 2, 3], [4, 5]], num_latents=2)
+    save_prefilled(tmp_path / "prompt", read)
+    loaded = load_prefilled(tmp_path / "prompt")
+    assert jax.tree.structure(loaded) == jax.tree.structure(read)
+    for before, after in zip(jax.tree.leaves(read), jax.tree.leaves(loaded), strict=True):
+        assert before.dtype == after.dtype
+        assert np.asarray(before).tobytes() == np.asarray(after).tobytes()
+    np.testing.assert_array_equal(generate(model, params, loaded), generate(model, params, read))
+
+
+def test_a_file_that_is_no_prefilled_prompt_is_refused(tmp_path):
+    (tmp_path / "prompt").write_bytes(b"some text")
+    with pytest.raises(ValueError, match="holds no prefilled prompt"):
+        load_prefilled(tmp_path / "prompt")
+
+
+def test_a_prompt_read_by_a_model_of_another_shape_is_refused(model, params):
+    read = prefill(model, params, [[1, 2, 3]])
+    other = PerceiverAR(CONFIG.replace(num_heads=4))
+    with pytest.raises(ValueError, match=r"\(2, 2, 8\) layers, heads .* has \(2, 4, 4\)"):
+        generate(other, params, read)
 
 
 def test_prompts_of_any_length_compile_few_programs():

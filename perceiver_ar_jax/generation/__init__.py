@@ -1,19 +1,25 @@
 from perceiver_ar_jax.generation.generate import (
     Generated,
-    Prefilled,
     generate,
     generate_with_log_probs,
     prefill,
     stream,
 )
 from perceiver_ar_jax.generation.options import Options
+from perceiver_ar_jax.generation.policies import Recompute, Reset, Slide
+from perceiver_ar_jax.generation.prefilled import Prefilled, load_prefilled, save_prefilled
 
 __all__ = [
     "Generated",
     "Options",
     "Prefilled",
+    "Recompute",
+    "Reset",
+    "Slide",
     "generate",
     "generate_with_log_probs",
+    "load_prefilled",
     "prefill",
+    "save_prefilled",
     "stream",
 ]

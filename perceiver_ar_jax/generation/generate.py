@@ -1,5 +1,6 @@
 """Continues prompts: `generate`, token by token with `stream`, from a prompt read once."""
 
+import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -7,20 +8,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from perceiver_ar_jax.generation import prompt as prompts
 from perceiver_ar_jax.generation.loop import Decoder, continue_until
 from perceiver_ar_jax.generation.options import Options
 from perceiver_ar_jax.generation.policies import Context
+from perceiver_ar_jax.generation.prefilled import Prefilled
 from perceiver_ar_jax.model import PerceiverAR
-
-
-class Prefilled(NamedTuple):
-    """A prompt that the model has read; `generate` continues it any number of times."""
-
-    tokens_BS: np.ndarray
-    pad_mask_BS: np.ndarray
-    context: Context
+from perceiver_ar_jax.parallel import use_mesh
 
 
 class Generated(NamedTuple):
@@ -116,7 +112,8 @@ def prefill(
     tokens_BS, pad_mask_BS = prompts.as_rows(prompt, pad_mask)
     prompts.check(tokens_BS, pad_mask_BS, num_latents, model.config)
     *padded, prefix_len = prompts.in_bucket(tokens_BS, pad_mask_BS, num_latents, model.config)
-    context = _read(params, *padded, prefix_len=prefix_len, model=model)
+    with _mesh_of(params):
+        context = _read(params, *padded, prefix_len=prefix_len, model=model)
     return Prefilled(tokens_BS, pad_mask_BS, context)
 
 
@@ -124,7 +121,9 @@ class _Run:
     """One call of `generate` or `stream`, between prefill and result."""
 
     def __init__(self, model, params, prompt, num_latents, pad_mask, options):
-        if not isinstance(prompt, Prefilled):
+        if isinstance(prompt, Prefilled):
+            prompt.check(model.config)
+        else:
             prompt = prefill(model, params, prompt, num_latents=num_latents, pad_mask=pad_mask)
         self.options = options
         self.prefilled = prompt
@@ -133,15 +132,13 @@ class _Run:
         self.static = {"model": model, "policy": options.decoding_policy}
 
     def begin(self):
-        return _begin(
-            *self.inputs,
-            self.prefilled.context,
-            max_new_tokens=prompts.bucket_size(self.options.max_new_tokens),
-            **self.static,
-        )
+        size = prompts.bucket_size(self.options.max_new_tokens)
+        with _mesh_of(self.inputs[0]):
+            return _begin(*self.inputs, self.prefilled.context, max_new_tokens=size, **self.static)
 
     def continue_until(self, progress, count):
-        return _continue_until(*self.inputs, progress, np.int32(count), **self.static)
+        with _mesh_of(self.inputs[0]):
+            return _continue_until(*self.inputs, progress, np.int32(count), **self.static)
 
     def new_tokens(self):
         progress = self.begin()
@@ -149,7 +146,7 @@ class _Run:
             progress = self.continue_until(progress, count)
             if progress.count < count:
                 return
-            yield np.asarray(progress.tokens_BT[:, count - 1])
+            yield _on_host(progress.tokens_BT)[:, count - 1]
 
     def result(self, progress):
         method = self.options.method
@@ -157,9 +154,24 @@ class _Run:
         prompt_BS = np.where(pad_mask_BS, self.options.pad_token_id, tokens_BS).astype(np.int32)
         prompt_BS = np.repeat(prompt_BS, self.options.num_return_sequences, axis=0)
         tokens_BT, log_probs_BT = (
-            np.asarray(x)[:, : self.options.max_new_tokens] for x in method.finish(progress)
+            _on_host(x)[:, : self.options.max_new_tokens] for x in method.finish(progress)
         )
         return Generated(np.concatenate([prompt_BS, tokens_BT], axis=1), log_probs_BT)
+
+
+def _on_host(x):
+    """The whole array, also where other processes hold parts of it."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
+
+
+def _mesh_of(params):
+    """Inside, activations lie on the mesh that the parameters lie on, if on any."""
+    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        return use_mesh(sharding.mesh)
+    return contextlib.nullcontext()
 
 
 @functools.partial(jax.jit, static_argnames=("prefix_len", "model"))

@@ -1,0 +1,54 @@
+"""A prompt that the model has read, to be continued any number of times; also in a file."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from flax import serialization
+
+from perceiver_ar_jax.config import PerceiverARConfig
+from perceiver_ar_jax.generation.policies import Context
+from perceiver_ar_jax.model.cache import Cache, LayerCache
+
+
+class Prefilled(NamedTuple):
+    """What `prefill` returns and `generate` continues."""
+
+    tokens_BS: np.ndarray
+    pad_mask_BS: np.ndarray
+    context: Context
+
+    def check(self, config: PerceiverARConfig) -> None:
+        """Raises ValueError where a model of another shape has read the prompt."""
+        keys = self.context.cache.cross.k_BNHK.shape[1:3]
+        read_by = (len(self.context.cache.layers), *keys)
+        asked = (config.num_self_attention_layers, config.num_heads, config.head_dim)
+        if read_by != asked:
+            raise ValueError(
+                f"a model with {read_by} layers, heads and channels a head has read this prompt; "
+                f"the one that is to continue it has {asked}"
+            )
+
+
+def save_prefilled(path: str | os.PathLike, prefilled: Prefilled) -> None:
+    """Writes a prompt and what the model made of it to a file, bit for bit."""
+    Path(path).write_bytes(serialization.to_bytes(prefilled))
+
+
+def load_prefilled(path: str | os.PathLike) -> Prefilled:
+    """Reads what `save_prefilled` wrote.
+
+    Raises:
+      ValueError: if the file holds something else.
+    """
+    try:
+        state = serialization.msgpack_restore(Path(path).read_bytes())
+        layers = (LayerCache(None, None),) * len(state["context"]["cache"]["layers"])
+        cache = Cache(LayerCache(None, None), layers, None, None, None)
+        empty = Prefilled(None, None, Context(None, None, cache))
+        return serialization.from_state_dict(empty, state)
+    except OSError:
+        raise
+    except Exception as error:  # msgpack raises many kinds
+        raise ValueError(f"{path} holds no prefilled prompt ({error})") from error
