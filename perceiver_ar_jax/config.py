@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 REMAT_POLICIES = ("none", "full", "names")
 ATTENTION_IMPLEMENTATIONS = ("plain",)
+DTYPE_FIELDS = ("dtype", "param_dtype", "gradient_dtype")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +40,14 @@ class PerceiverARConfig:
 
     dtype: str = "float32"  # of the computation; softmax, norms, residuals and loss stay float32
     param_dtype: str = "float32"
+    gradient_dtype: str = "float32"  # of weight gradients as they are summed over tokens, devices
     remat: str = "none"  # what the backward pass computes again: nothing, all, all but named parts
     scan_layers: bool = False  # one compiled body for all self-attention layers (TPU: yes, CPU: no)
     attention: str = "plain"
     rotary_inv_freq: tuple[float, ...] | None = None  # None: the formula; else as a checkpoint has
 
     def __post_init__(self):
-        for name in ("dtype", "param_dtype"):
+        for name in DTYPE_FIELDS:
             object.__setattr__(self, name, jnp.dtype(getattr(self, name)).name)
         if self.rotary_inv_freq is not None:
             object.__setattr__(self, "rotary_inv_freq", tuple(map(float, self.rotary_inv_freq)))
@@ -146,7 +148,7 @@ class PerceiverARConfig:
                 yield f"{name} must be between 0 and 1, not {getattr(self, name)!r}"
         if not self.init_scale >= 0.0:
             yield f"init_scale must not be negative, but is {self.init_scale!r}"
-        for name in ("dtype", "param_dtype"):
+        for name in DTYPE_FIELDS:
             if getattr(self, name) not in ("float32", "bfloat16"):
                 yield f"{name} must be float32 or bfloat16, not {getattr(self, name)}"
         for name, choices in (("remat", REMAT_POLICIES), ("attention", ATTENTION_IMPLEMENTATIONS)):

@@ -10,9 +10,9 @@ from perceiver_ar_jax.model.layers import (
     MLP,
     CrossAttentionLayer,
     Embedding,
+    LayerNorm,
     MultiHeadAttention,
     SelfAttentionLayer,
-    layer_norm,
 )
 from perceiver_ar_jax.model.positions import Rotation, positions, rotate, rotation
 
@@ -94,7 +94,7 @@ def test_layer_norm(pair):
     x = 3 + 2 * activations(LATENTS)
     expected = pair.reference.cross_attention[0].module.q_norm(torch.tensor(x))
     pair.assert_same(
-        layer_norm(pair.config), "cross_attention/q_norm", lambda norm: norm(x), expected
+        LayerNorm(pair.config), "cross_attention/q_norm", lambda norm: norm(x), expected
     )
 
 

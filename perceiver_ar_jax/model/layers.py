@@ -1,5 +1,7 @@
 """The building blocks: Dense, LayerNorm, MLP and the two kinds of decoder layer."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -26,7 +28,9 @@ class Embedding(nn.Module):
 
     def __call__(self, indices: jax.Array) -> jax.Array:
         """Rows of the table, (..., D)."""
-        return jnp.asarray(self.embedding)[indices].astype(jnp.float32)
+        # Whole rows on each device: else the lookup of all rows of the batch happens everywhere.
+        table = constrain(jnp.asarray(self.embedding), "vocab", None)
+        return table[indices].astype(jnp.float32)
 
 
 class Dense(nn.Module):
@@ -43,7 +47,7 @@ class Dense(nn.Module):
         init = nn.initializers.normal(config.init_scale)
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", init, shape, jnp.dtype(config.param_dtype))
-        y = _matmul(x.astype(config.dtype), kernel.astype(config.dtype))
+        y = _matmul(x.astype(config.dtype), kernel, config.gradient_dtype)
         if self.use_bias:
             zeros = nn.initializers.zeros_init()
             bias = self.param("bias", zeros, (self.features,), jnp.dtype(config.param_dtype))
@@ -51,14 +55,22 @@ class Dense(nn.Module):
         return y
 
 
-def layer_norm(config: PerceiverARConfig) -> nn.LayerNorm:
+class LayerNorm(nn.Module):
     """PyTorch's LayerNorm: epsilon 1e-5, statistics in float32."""
-    return nn.LayerNorm(
-        epsilon=1e-5,
-        dtype=jnp.dtype(config.dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
-        use_fast_variance=False,
-    )
+
+    config: PerceiverARConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(..., D) to (..., D) in the config's dtype."""
+        shape, dtype = (x.shape[-1],), jnp.dtype(self.config.param_dtype)
+        scale = self.param("scale", nn.initializers.ones_init(), shape, dtype)
+        bias = self.param("bias", nn.initializers.zeros_init(), shape, dtype)
+        x = x.astype(jnp.float32)
+        mean = checkpoint_name(x.mean(axis=-1, keepdims=True), "norm_statistics")
+        variance = jnp.square(x - mean).mean(axis=-1, keepdims=True)
+        inverse_std = checkpoint_name(jax.lax.rsqrt(variance + 1e-5), "norm_statistics")
+        return ((x - mean) * (inverse_std * scale) + bias).astype(self.config.dtype)
 
 
 class MLP(nn.Module):
@@ -69,7 +81,7 @@ class MLP(nn.Module):
 
     def setup(self):
         width = self.config.num_channels
-        self.norm = layer_norm(self.config)
+        self.norm = LayerNorm(self.config)
         self.up = Dense(self.widening_factor * width, self.config)
         self.down = Dense(width, self.config)
 
@@ -104,12 +116,14 @@ class MultiHeadAttention(nn.Module):
     def queries(self, x_BLD: jax.Array, rotation: Rotation | None) -> jax.Array:
         """Scaled and rotated queries, (B, L, N, H)."""
         q_BLNH = self._split(self.q_proj(x_BLD)) * self.config.head_dim**-0.5
-        return q_BLNH if rotation is None else rotate(q_BLNH, rotation)
+        q_BLNH = q_BLNH if rotation is None else rotate(q_BLNH, rotation)
+        return checkpoint_name(q_BLNH, "qkv")
 
     def keys_values(self, x_BKD: jax.Array, rotation: Rotation | None) -> KeysValues:
         """Rotated keys, and values, (B, K, N, H) each."""
         k_BKNH, v_BKNH = self._split(self.k_proj(x_BKD)), self._split(self.v_proj(x_BKD))
-        return KeysValues(k_BKNH if rotation is None else rotate(k_BKNH, rotation), v_BKNH)
+        k_BKNH = k_BKNH if rotation is None else rotate(k_BKNH, rotation)
+        return KeysValues(checkpoint_name(k_BKNH, "qkv"), checkpoint_name(v_BKNH, "qkv"))
 
     def __call__(
         self, q_BLNH: jax.Array, kv: KeysValues, mask_BLK: jax.Array, *, deterministic: bool
@@ -131,7 +145,6 @@ class MultiHeadAttention(nn.Module):
         return self.o_proj(checkpoint_name(out_BLD, "attention_out"))
 
     def _split(self, x_BSD: jax.Array) -> jax.Array:
-        x_BSD = checkpoint_name(x_BSD, "qkv")
         return x_BSD.reshape(*x_BSD.shape[:2], self.config.num_heads, self.config.head_dim)
 
 
@@ -146,8 +159,8 @@ class CrossAttentionLayer(nn.Module):
 
     def setup(self):
         config = self.config
-        self.q_norm = layer_norm(config)
-        self.kv_norm = layer_norm(config)
+        self.q_norm = LayerNorm(config)
+        self.kv_norm = LayerNorm(config)
         self.attention = MultiHeadAttention(config, config.max_heads_parallel, out_bias=True)
         self.mlp = MLP(config.cross_attention_widening_factor, config)
         self.dropout = nn.Dropout(config.residual_dropout)
@@ -188,7 +201,7 @@ class SelfAttentionLayer(nn.Module):
 
     def setup(self):
         config = self.config
-        self.norm = layer_norm(config)
+        self.norm = LayerNorm(config)
         self.attention = MultiHeadAttention(config)
         self.mlp = MLP(config.self_attention_widening_factor, config)
         self.dropout = nn.Dropout(config.residual_dropout)
@@ -216,36 +229,44 @@ class SelfAttentionLayer(nn.Module):
 
 def _residual_branches(layer, x_BLD, q_BLNH, kv, mask_BLK, deterministic):
     out_BLD = layer.attention(q_BLNH, kv, mask_BLK, deterministic=deterministic)
-    x_BLD += layer.dropout(out_BLD, deterministic=deterministic)
+    x_BLD = checkpoint_name(
+        x_BLD + layer.dropout(out_BLD, deterministic=deterministic), "attention_residual"
+    )
     x_BLD += layer.dropout(layer.mlp(x_BLD), deterministic=deterministic)
     return constrain(x_BLD, "batch", None, None)
 
 
-@jax.custom_vjp
-def _matmul(x, kernel):
-    return x @ kernel
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(x, kernel, gradient_dtype):
+    """The product in x's dtype. The kernel comes in its own, so that its gradient may keep it."""
+    return x @ kernel.astype(x.dtype)
 
 
-def _matmul_forward(x, kernel):
-    return x @ kernel, (x, kernel)
+def _matmul_forward(x, kernel, gradient_dtype):
+    return _matmul(x, kernel, gradient_dtype), (x, kernel)
 
 
-def _matmul_backward(saved, dy):
+def _matmul_backward(gradient_dtype, saved, dy):
     x, kernel = saved
-    dx = jnp.einsum("...f,df->...d", dy, kernel)
+    dx = jnp.einsum("...f,df->...d", dy, kernel.astype(x.dtype))
     rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    dkernel = jax.lax.platform_dependent(*rows, cpu=_gradient_on_cpu, default=_gradient)
-    return dx, dkernel
+    dkernel = jax.lax.platform_dependent(
+        *rows,
+        cpu=functools.partial(_gradient_on_cpu, dtype=gradient_dtype),
+        default=functools.partial(_gradient, dtype=gradient_dtype),
+    )
+    return dx, dkernel.astype(kernel.dtype)
 
 
-def _gradient(x_RD, dy_RF):
-    return jnp.einsum("RD,RF->DF", x_RD, dy_RF)
+def _gradient(x_RD, dy_RF, dtype):
+    return jnp.einsum("RD,RF->DF", x_RD, dy_RF, preferred_element_type=dtype)
 
 
-def _gradient_on_cpu(x_RD, dy_RF):
+def _gradient_on_cpu(x_RD, dy_RF, dtype):
     # XLA's CPU matmul is slow where its left side is transposed; the barrier makes it transpose
     # first (1.4 times faster training steps).
-    return jax.lax.optimization_barrier(x_RD.T) @ dy_RF
+    x_DR = jax.lax.optimization_barrier(x_RD.T)
+    return jnp.matmul(x_DR, dy_RF, preferred_element_type=dtype)
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)

@@ -8,14 +8,14 @@ from perceiver_ar_jax.model.cache import Cache
 from perceiver_ar_jax.model.layers import (
     CrossAttentionLayer,
     Embedding,
+    LayerNorm,
     SelfAttentionLayer,
-    layer_norm,
 )
 from perceiver_ar_jax.model.positions import Rotation, positions, rotation
 from perceiver_ar_jax.parallel import constrain
 
-# What remat="names" keeps for the backward pass: results of projections, but no attention weights.
-KEPT_NAMES = ("qkv", "attention_out", "mlp_up")
+# What remat="names" keeps for the backward pass: results of matmuls, but no attention weights.
+KEPT_NAMES = ("norm_statistics", "qkv", "attention_out", "attention_residual", "mlp_up")
 
 
 class PerceiverAR(nn.Module):
@@ -41,7 +41,7 @@ class PerceiverAR(nn.Module):
             SelfAttentionLayer(config) for _ in range(config.num_self_attention_layers)
         ]
         if config.output_norm:
-            self.out_norm = layer_norm(config)
+            self.out_norm = LayerNorm(config)
         if config.output_bias:
             zeros = nn.initializers.zeros_init()
             shape, dtype = (config.vocab_size,), jnp.dtype(config.param_dtype)

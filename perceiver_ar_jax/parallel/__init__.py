@@ -8,6 +8,7 @@ from perceiver_ar_jax.parallel.mesh import (
 from perceiver_ar_jax.parallel.sharding import (
     batch_sharding,
     constrain,
+    on_own_rows,
     replicated,
     state_shardings,
     to_global,
@@ -20,6 +21,7 @@ __all__ = [
     "check_batch_size",
     "constrain",
     "make_mesh",
+    "on_own_rows",
     "replicated",
     "state_shardings",
     "to_global",

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -35,7 +36,7 @@ PARAMETER_RULES = (
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over all data-parallel devices, each row whole."""
-    return NamedSharding(mesh, _spec(("batch",)))
+    return NamedSharding(mesh, PartitionSpec(LOGICAL_RULES["batch"]))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -73,21 +74,55 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    spec = _spec(logical)
-    return jax.lax.with_sharding_constraint(
-        x,
-        PartitionSpec(
-            *(_fitting(axes, size, mesh) for axes, size in zip(spec, x.shape, strict=True))
-        ),
+    dimensions = zip(_mesh_axes(logical), x.shape, strict=True)
+    spec = PartitionSpec(*(_fitting(axes, size, mesh) for axes, size in dimensions))
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def on_own_rows(
+    function: Callable[..., tuple], *, in_rows: Sequence[bool], out_rows: Sequence[bool]
+) -> Callable[..., tuple]:
+    """`function`, run by each device on its own rows of the batch, sums taken once at its end.
+
+    Left to itself, the compiler adds up gradients over devices in every turn of a loop. Without a
+    mesh, and where the rows do not divide, it is the plain function.
+
+    Args:
+      function: of arrays or trees, to a tuple.
+      in_rows: for each argument, whether its leading dimension is the batch.
+      out_rows: the same for each result; those that are not are summed over the devices.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(
+        axis for axis in BATCH_AXES if mesh.shape.get(axis, 1) > 1 and axis not in mesh.manual_axes
     )
+    parts = math.prod(mesh.shape[axis] for axis in axes)
+
+    def local(*arguments):
+        results = zip(function(*arguments), out_rows, strict=True)
+        return tuple(x if rows else jax.lax.psum(x, axes) for x, rows in results)
+
+    def spread(*arguments):
+        cut = [x for x, rows in zip(arguments, in_rows, strict=True) if rows]
+        if not axes or any(len(leaf) % parts for leaf in jax.tree.leaves(cut)):
+            return function(*arguments)
+        in_specs, out_specs = (
+            tuple(PartitionSpec(axes) if rows else PartitionSpec() for rows in flags)
+            for flags in (in_rows, out_rows)
+        )
+        return jax.shard_map(
+            local, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes), check_vma=False
+        )(*arguments)
+
+    return spread
 
 
-def _spec(logical: tuple[str | None, ...]) -> PartitionSpec:
-    return PartitionSpec(*(LOGICAL_RULES[axis] if axis else None for axis in logical))
+def _mesh_axes(logical: Iterable[str | None]) -> list[tuple[str, ...]]:
+    return [LOGICAL_RULES[axis] if axis else () for axis in logical]
 
 
-def _fitting(axes: tuple[str, ...] | None, size: int, mesh: AbstractMesh):
-    axes = tuple(axis for axis in axes or () if axis not in mesh.manual_axes)
+def _fitting(axes: tuple[str, ...], size: int, mesh: AbstractMesh) -> tuple[str, ...] | None:
+    axes = tuple(axis for axis in axes if axis not in mesh.manual_axes)
     return axes if size % math.prod(mesh.shape[axis] for axis in axes) == 0 else None
 
 
@@ -97,12 +132,11 @@ def _leaf_sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedShardi
     logical = next((axes for pattern, axes in PARAMETER_RULES if re.search(pattern, path)), None)
     if logical is None or len(logical) != len(shape):
         raise ValueError(f"no sharding rule for {path} of shape {shape}")
-    spec = _spec(logical)
+    spec = _mesh_axes(logical)
     for axes, size in zip(spec, shape, strict=True):
-        axes = (axes,) if isinstance(axes, str) else axes or ()
         parts = math.prod(mesh.shape[axis] for axis in axes)
         if size % parts:
             raise ValueError(
                 f"{path} of shape {shape}: {size} does not divide by {'×'.join(axes)} = {parts}"
             )
-    return NamedSharding(mesh, spec)
+    return NamedSharding(mesh, PartitionSpec(*(axes or None for axes in spec)))

@@ -1,7 +1,9 @@
 import jax
 import jax.numpy as jnp
 
-MAX_LOGITS_PER_ROW = 2**21  # latents × vocabulary alive at a time, for one row of the batch
+from perceiver_ar_jax.parallel import constrain, on_own_rows
+
+MAX_LOGITS_PER_ROW = 2**22  # latents × vocabulary alive at a time, for one row of the batch
 
 
 def cross_entropy(
@@ -42,13 +44,26 @@ def _cross_entropy(hidden_BLD, embedding_VD, bias_V, targets_BL, weights_BL):
 
 
 def _forward(hidden_BLD, embedding_VD, bias_V, targets_BL, weights_BL):
+    take = on_own_rows(
+        _loss_and_gradients,
+        in_rows=(True, False, False, True, True),
+        out_rows=(False, True, False, False),
+    )
+    embedding = embedding_VD.astype(hidden_BLD.dtype)
+    total, dhidden_BLD, dembedding_VD, dbias_V = take(
+        hidden_BLD, embedding, bias_V, targets_BL, weights_BL
+    )
+    dembedding_VD = constrain(dembedding_VD, "vocab", "embed").astype(embedding_VD.dtype)
+    return total, (dhidden_BLD, dembedding_VD, dbias_V)
+
+
+def _loss_and_gradients(hidden_BLD, embedding_VD, bias_V, targets_BL, weights_BL):
     dtype = hidden_BLD.dtype
-    embedding = embedding_VD.astype(dtype)
 
     def chunk_loss(sums, chunk):
         total, dembedding_VD, dbias_V = sums
         hidden_BCD, targets_BC, weights_BC = chunk
-        logits_BCV = _logits(hidden_BCD, embedding, bias_V)
+        logits_BCV = _logits(hidden_BCD, embedding_VD, bias_V)
         log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
         loss_BC = log_z_BC - _at(logits_BCV, targets_BC)
         classes_V = jnp.arange(logits_BCV.shape[-1])
@@ -57,17 +72,17 @@ def _forward(hidden_BLD, embedding_VD, bias_V, targets_BL, weights_BL):
         dlogits_BCV *= weights_BC[..., None]
         dbias_V += dlogits_BCV.sum((0, 1))
         dlogits_BCV = dlogits_BCV.astype(dtype)
-        dhidden_BCD = dlogits_BCV @ embedding
+        dhidden_BCD = dlogits_BCV @ embedding_VD
         dembedding_VD += jnp.einsum(
             "BCV,BCD->VD", dlogits_BCV, hidden_BCD, preferred_element_type=jnp.float32
         )
         return (total + (loss_BC * weights_BC).sum(), dembedding_VD, dbias_V), dhidden_BCD
 
-    zeros = jnp.float32(0), jnp.zeros(embedding.shape, jnp.float32), jnp.zeros(bias_V.shape)
-    chunks = _chunks(embedding.shape[0], hidden_BLD, targets_BL, weights_BL)
+    zeros = jnp.float32(0), jnp.zeros(embedding_VD.shape), jnp.zeros(bias_V.shape)
+    chunks = _chunks(embedding_VD.shape[0], hidden_BLD, targets_BL, weights_BL)
     (total, dembedding_VD, dbias_V), dhidden = jax.lax.scan(chunk_loss, zeros, chunks)
     dhidden_BLD = jnp.swapaxes(dhidden, 0, 1).reshape(hidden_BLD.shape)
-    return total, (dhidden_BLD, dembedding_VD.astype(embedding_VD.dtype), dbias_V)
+    return total, dhidden_BLD, dembedding_VD, dbias_V
 
 
 def _backward(gradients, dtotal):

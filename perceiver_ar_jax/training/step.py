@@ -1,18 +1,28 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from perceiver_ar_jax.model import PerceiverAR
+from perceiver_ar_jax.parallel import on_own_rows
 from perceiver_ar_jax.training.losses import cross_entropy
 from perceiver_ar_jax.training.state import Batch, TrainState
 
 
 def train_step(
-    state: TrainState, batch: Batch, *, model: PerceiverAR, prefix_len: int, key: jax.Array
+    state: TrainState,
+    batch: Batch,
+    *,
+    model: PerceiverAR,
+    prefix_len: int,
+    key: jax.Array,
+    microbatches: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step on the mean loss of the latents that are no padding.
 
-    Pure; jit it with `static_argnames=("model", "prefix_len")` and donate the state.
+    Pure; jit it with `static_argnames=("model", "prefix_len", "microbatches")` and donate the
+    state.
 
     Args:
       state: parameters, moments and step.
@@ -20,22 +30,23 @@ def train_step(
       model: static under jit.
       prefix_len: static under jit.
       key: of the whole run; the step is folded in.
+      microbatches: into how many parts each device cuts its rows, to hold the activations of one
+        at a time. Gradients are exchanged once a step all the same, so each device holds the
+        whole weights and their gradient meanwhile: 8 bytes a parameter. Dropout then draws
+        differently on each number of devices.
 
     Returns:
       The next state, and metrics: "loss" in nats per token, "grad_norm" before clipping, and
       "tokens", how many targets counted.
     """
-    weights_BL = (~batch.pad_mask[:, prefix_len:]).astype(jnp.float32)
-    num_targets = weights_BL.sum()
-
-    def mean_loss(params):
-        loss_sum = _loss_sum(
-            params, batch, weights_BL, model=model, prefix_len=prefix_len, dropout_key=step_key
-        )
-        return loss_sum / jnp.maximum(num_targets, 1.0)
-
+    counted_BL = (~batch.pad_mask[:, prefix_len:]).astype(jnp.float32)
+    num_targets = counted_BL.sum()
+    weights_BL = counted_BL / jnp.maximum(num_targets, 1.0)
     step_key = jax.random.fold_in(key, state.step)
-    loss, gradients = jax.value_and_grad(mean_loss)(state.params)
+    take = jax.value_and_grad(functools.partial(_loss_sum, model=model, prefix_len=prefix_len))
+    if microbatches > 1:
+        take = _in_parts(take, microbatches)
+    loss, gradients = take(state.params, batch, weights_BL, step_key)
     updates, opt_state = state.tx.update(gradients, state.opt_state, state.params)
     state = state.replace(
         step=state.step + 1,
@@ -55,7 +66,29 @@ def eval_step(
     return loss_sum, weights_BL.sum()
 
 
-def _loss_sum(params, batch, weights_BL, *, model, prefix_len, dropout_key=None):
+def _in_parts(loss_and_gradients, microbatches):
+    """The same function of the whole batch, each device taking its rows part by part."""
+
+    def own_rows(params, *rows):
+        cut = lambda x: x.reshape(microbatches, len(x) // microbatches, *x.shape[1:])
+
+        def add(sums, part):
+            batch, weights_BL, keys_B = part
+            terms = loss_and_gradients(params, batch, weights_BL, keys_B[0])
+            return jax.tree.map(jnp.add, sums, terms), None
+
+        zeros = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
+        return jax.lax.scan(add, zeros, jax.tree.map(cut, rows))[0]
+
+    def whole_batch(params, batch, weights_BL, key):
+        keys_B = jax.random.split(key, len(weights_BL))
+        summed = on_own_rows(own_rows, in_rows=(False, True, True, True), out_rows=(False, False))
+        return summed(params, batch, weights_BL, keys_B)
+
+    return whole_batch
+
+
+def _loss_sum(params, batch, weights_BL, dropout_key=None, *, model, prefix_len):
     hidden_BLD = model.apply(
         {"params": params},
         batch.tokens,
