@@ -44,6 +44,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top_p", type=float)
     parser.add_argument("--min_p", type=float)
     parser.add_argument("--repetition_penalty", type=float, default=1.0)
+    parser.add_argument("--num_beams", type=int, default=1, help="above 1: beam search")
+    parser.add_argument("--length_penalty", type=float, default=1.0, help="of beam search")
+    parser.add_argument(
+        "--penalty_alpha", type=float, help="contrastive search among top_k candidates"
+    )
     parser.add_argument("--policy", default="slide", help="slide, recompute or reset")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="an object a prompt, with log-probs")
@@ -66,21 +71,25 @@ def _run(arguments: argparse.Namespace) -> int:
     for text, prompt in zip(texts, prompts, strict=True):
         if not prompt:
             raise ValueError(f"the prompt {text!r} is empty")
+    searches = arguments.num_beams > 1 or arguments.penalty_alpha is not None
     options = {
         "max_new_tokens": arguments.max_new_tokens,
         "num_latents": arguments.num_latents,
-        "do_sample": not arguments.greedy,
+        "do_sample": not (arguments.greedy or searches),
         "temperature": arguments.temperature,
         "top_k": arguments.top_k,
         "top_p": arguments.top_p,
         "min_p": arguments.min_p,
         "repetition_penalty": arguments.repetition_penalty,
+        "num_beams": arguments.num_beams,
+        "length_penalty": arguments.length_penalty,
+        "penalty_alpha": arguments.penalty_alpha,
         "policy": arguments.policy,
         "eos_token_id": tokenizer.eos_id,
         "pad_token_id": tokenizer.pad_id,
         "rng": jax.random.key(arguments.seed),
     }
-    if len(prompts) == 1 and not arguments.json:
+    if len(prompts) == 1 and not arguments.json and arguments.num_beams == 1:
         _stream(pretrained, texts[0], prompts, options)
     else:
         _print_all(pretrained, texts, prompts, options, as_json=arguments.json)

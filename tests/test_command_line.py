@@ -1,0 +1,94 @@
+"""What a user types, and what it prints."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from perceiver_ar_jax import PerceiverAR, PerceiverARConfig
+from perceiver_ar_jax.data.tokenizer import ByteTokenizer
+from perceiver_ar_jax.model import init_params
+from perceiver_ar_jax.pretrained import save_pretrained
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    config = PerceiverARConfig(
+        max_seq_len=64,
+        max_latents=16,
+        num_channels=16,
+        num_heads=2,
+        num_self_attention_layers=1,
+    )
+    params = init_params(PerceiverAR(config), jax.random.key(0))
+    tokenizer = ByteTokenizer().save(folder)
+    save_pretrained(folder / "ours", config, params, tokenizer_files=[tokenizer])
+    return folder / "ours"
+
+
+def run(script: str, *arguments: object, stdin: str = "") -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    command = [sys.executable, script, *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, input=stdin, capture_output=True, text=True
+    )
+
+
+def test_sample_streams_one_prompt_and_gives_its_speeds_on_stderr(model_folder):
+    flags = ("--model", model_folder, "--max_new_tokens", 6, "--greedy")
+    result = run("sample.py", *flags, stdin="a river\n")
+    assert result.returncode == 0
+    assert result.stdout.startswith("a river")
+    assert "first token after" in result.stderr
+    assert "tokens/s" in result.stderr
+    assert result.stdout == run("sample.py", *flags, "--prompt", "a river").stdout
+
+
+def test_sample_reads_a_file_of_prompts_and_prints_json_with_log_probs(model_folder, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a river\nhouse\n")
+    flags = ("--prompt_file", tmp_path / "prompts.txt", "--json", "--max_new_tokens", 4)
+    result = run("sample.py", "--model", model_folder, *flags)
+    first, second = map(json.loads, result.stdout.splitlines())
+    assert (first["prompt"], second["prompt"]) == ("a river", "house")
+    assert len(first["tokens"]) == len(first["log_probs"])
+    assert all(log_prob < 0 for log_prob in first["log_probs"])
+
+
+def test_evaluate_prints_bits_per_byte_as_json(model_folder, tmp_path):
+    (tmp_path / "text.txt").write_text("The river runs. " * 20)
+    result = run("evaluate.py", "--model", model_folder, "--text", tmp_path / "text.txt")
+    line = json.loads(result.stdout)
+    assert line["bytes"] == 320
+    assert 7 < line["bits_per_byte"] < 9  # 262 equally likely ids are 8.03 bits
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--prompt", ""), "the prompt '' is empty"),
+        (("--prompt", "x", "--num_latents", "17"), "num_latents=17 out of valid range [1..16]"),
+        (("--prompt", "x" * 65), "Input sequence length out of valid range [1..64]"),
+        (("--prompt", "x", "--policy", "jump"), "jump"),
+        (("--prompt_file", "no/such/file"), "no/such/file"),
+    ],
+)
+def test_sample_says_in_one_line_what_is_wrong(model_folder, arguments, words):
+    result = run("sample.py", "--model", model_folder, *arguments)
+    assert result.returncode == 2
+    assert words in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path):
+    for command in (("sample.py", "--prompt", "x"), ("evaluate.py", "--text", "x")):
+        result = run(*command, "--model", tmp_path / "nothing")
+        assert result.returncode == 2
+        assert str(tmp_path / "nothing") in result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
