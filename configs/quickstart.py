@@ -9,11 +9,11 @@ from perceiver_ar_jax.train_loop import default_config
 
 def get_config():
     config = default_config()
-    config.steps = 420
-    config.batch_size = 8
-    config.log_every = 10
-    config.eval_every = 140
-    config.checkpoint_every = 140
+    config.steps = 800
+    config.batch_size = 4
+    config.log_every = 20
+    config.eval_every = 200
+    config.checkpoint_every = 200
 
     config.model.vocab_size = 4096
     config.model.max_seq_len = 512
@@ -28,7 +28,7 @@ def get_config():
     config.model.output_bias = False
 
     config.optimizer.learning_rate = 2e-3
-    config.optimizer.warmup_steps = 40
+    config.optimizer.warmup_steps = 80
     config.optimizer.min_fraction = 0.0
     config.optimizer.b2 = 0.98
 
