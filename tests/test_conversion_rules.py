@@ -1,3 +1,4 @@
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -29,8 +30,6 @@ def test_both_round_trips_give_every_bit_back(name, dtype):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_converted_parameters_are_those_the_model_asks_for(name):
-    import jax
-
     config = CONFIGS[name]
     tokens = jax.ShapeDtypeStruct((1, config.max_seq_len), np.int32)
     init = lambda key, x: PerceiverAR(config).init(key, x, config.max_prefix_len)["params"]
@@ -39,6 +38,13 @@ def test_converted_parameters_are_those_the_model_asks_for(name):
     converted = to_flax(tensors, with_frequencies(config, tensors))
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype)), tree)
     assert shapes(converted) == shapes(expected)
+
+
+def test_jax_takes_converted_parameters_over_without_a_copy():
+    tensors = random_tensors(CONFIGS["no layers"])
+    params = to_flax(tensors, with_frequencies(CONFIGS["no layers"], tensors))
+    for leaf in jax.tree.leaves(params):
+        assert jax.device_put(leaf).unsafe_buffer_pointer() == leaf.ctypes.data
 
 
 def test_rotated_channels_come_as_two_halves_the_rest_stays():
