@@ -188,6 +188,7 @@ def _train(config: ConfigDict, settings: Settings, tokenizer: Any, workdir: Path
             key=jax.random.key(config.seed),
         ),
         donate_argnums=0,
+        out_shardings=(shardings, None),  # as it came in, whatever the compiler would prefer
     )
     to_device = functools.partial(to_global, mesh=mesh)
     report = Report(

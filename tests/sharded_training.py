@@ -56,6 +56,7 @@ def train(mesh, config=CONFIG, rows=slice(None), **options) -> tuple[np.ndarray,
             **options,
         ),
         donate_argnums=0,
+        out_shardings=(state_shardings(state, mesh), None),
     )
     metrics = []
     with use_mesh(mesh):
