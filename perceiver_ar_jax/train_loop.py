@@ -160,24 +160,19 @@ def _train(config: ConfigDict, settings: Settings, tokenizer: Any, workdir: Path
     def create_state():
         return TrainState.create(params=init_params(model, jax.random.key(config.seed)), tx=tx)
 
-    abstract_state = jax.eval_shape(create_state)
-    shardings = state_shardings(abstract_state, mesh)
-    abstract_state = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract_state,
-        shardings,
-    )
+    shardings = state_shardings(jax.eval_shape(create_state), mesh)
 
     # 4. Where the run stands: the newest intact checkpoint, or its beginning.
     checkpointer = Checkpointer(workdir / CHECKPOINTS_FOLDER, keep_last=config.keep_checkpoints)
     if checkpointer.steps():
-        state, data_state, skipped = checkpointer.restore(abstract_state)
+        state, data_state, skipped = checkpointer.restore(_abstract(create_state, shardings))
         loader.set_state(data_state)
         for line in skipped:
             print(f"skipped: {line}", file=sys.stderr)
         print(f"resumed from step {int(state.step)}", flush=True)
     else:
         state = jax.jit(create_state, out_shardings=shardings)()
+    step = saved = int(state.step)
 
     # 5. Steps, and what happens between them.
     step_fn = jax.jit(
@@ -193,13 +188,12 @@ def _train(config: ConfigDict, settings: Settings, tokenizer: Any, workdir: Path
     to_device = functools.partial(to_global, mesh=mesh)
     report = Report(
         workdir,
-        step=int(state.step),
+        step=step,
         total_steps=config.steps,
         log_every=config.log_every,
         learning_rate=learning_rate_schedule(settings.optimizer),
     )
     preemption = _Preemption()
-    step = int(state.step)
     in_flight = None  # what `report` reads once the next step is under way
 
     def evaluate_and_sample():
@@ -228,15 +222,20 @@ def _train(config: ConfigDict, settings: Settings, tokenizer: Any, workdir: Path
             in_flight = step, metrics, read_tokens
 
             last = step == config.steps
-            saves = last or step % config.checkpoint_every == 0 or preemption.exit_code
+            saves = last or step % config.checkpoint_every == 0
             evaluates = last or step % config.eval_every == 0
             if saves or evaluates:
                 report.read(*in_flight)  # a state that is not finite is never saved
                 in_flight = None
             if saves:
                 checkpointer.save(state, loader.get_state())
+                saved = step
             if evaluates and not preemption.exit_code:
                 evaluate_and_sample()
+        if saved < step:  # preempted, at whatever point of the step
+            if in_flight:
+                report.read(*in_flight)
+            checkpointer.save(state, loader.get_state())
         checkpointer.close()
     except NonFiniteError as error:
         steps = checkpointer.steps()
@@ -248,6 +247,15 @@ def _train(config: ConfigDict, settings: Settings, tokenizer: Any, workdir: Path
         loader.close()
         preemption.close()
     return preemption.exit_code or DONE
+
+
+def _abstract(create_state, shardings):
+    """Shapes and layouts of a state that is not made."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(create_state),
+        shardings,
+    )
 
 
 class _Preemption:

@@ -13,6 +13,7 @@ import pytest
 
 from configs import tiny
 from perceiver_ar_jax import load_pretrained, train_loop
+from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.training.checkpoint import CheckpointError
 from perceiver_ar_jax.workdir import claimed
 
@@ -124,6 +125,18 @@ def test_sigterm_saves_the_current_step_and_leaves_with_143(text, tmp_path):
     assert process.wait(timeout=300) == 143
     (step,) = (int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     assert step == max(losses(tmp_path))
+
+
+def test_a_signal_during_an_evaluation_saves_the_current_step_too(text, tmp_path, monkeypatch):
+    def preempted(*arguments, **options):
+        result = evaluate(*arguments, **options)
+        if (tmp_path / "metrics.jsonl").stat().st_size > 200:  # not in the one before step 1
+            signal.raise_signal(signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(train_loop, "evaluate", preempted)
+    assert train_loop.run(small_run(text, eval_every=3), tmp_path) == 143
+    assert load_pretrained(tmp_path).step == 3
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_is_never_saved(text, tmp_path, capsys):
