@@ -21,16 +21,9 @@ def main() -> int:
     parser.add_argument("--split", default="train", help="of a TFDS directory, or a slice")
     parser.add_argument("--batch_size", type=int, default=8)
     arguments = parser.parse_args()
-    from perceiver_ar_jax.training.checkpoint import CheckpointError
+    from perceiver_ar_jax.command_line import exit_code  # here, so that --help costs nothing
 
-    try:
-        return _run(arguments)
-    except (ValueError, OSError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        return 2
-    except CheckpointError as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        return 4
+    return exit_code("evaluate.py", lambda: _run(arguments))
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -16,16 +16,9 @@ from pathlib import Path
 def main() -> int:
     """Prints continuations on standard output, speeds on standard error; returns the exit code."""
     arguments = _parser().parse_args()
-    from perceiver_ar_jax.training.checkpoint import CheckpointError
+    from perceiver_ar_jax.command_line import exit_code  # here, so that --help costs nothing
 
-    try:
-        return _run(arguments)
-    except (ValueError, OSError) as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        return 2
-    except CheckpointError as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        return 4
+    return exit_code("sample.py", lambda: _run(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,6 +13,7 @@ import jax
 
 from perceiver_ar_jax._version import __version__
 from perceiver_ar_jax.config import PerceiverARConfig
+from perceiver_ar_jax.data.loader import differing_entries
 from perceiver_ar_jax.pretrained import CONFIG_FILE, TOKENIZER_FOLDER, write_description
 
 # What may change from one start of a run to the next: how to compute, not what.
@@ -50,12 +51,12 @@ def describe(
     if (workdir / CONFIG_FILE).is_file():
         old = json.loads((workdir / CONFIG_FILE).read_text())
         fields = {name: x for name, x in model.to_dict().items() if name not in HOW_TO_COMPUTE}
-        different = _differences({name: old["model"].get(name) for name in fields}, fields)
+        different = differing_entries({name: old["model"].get(name) for name in fields}, fields)
         if old["tokenizer_sha256"] != tokenizer.sha256:
             different.append("the tokenizer's sha256")
         if different:
             raise ValueError(f"{workdir} belongs to another model: {'; '.join(different)}")
-        changed = _differences(_flat(old.get("run", {})), _flat(run))
+        changed = differing_entries(_flat(old.get("run", {})), _flat(run))
     (workdir / TOKENIZER_FOLDER).mkdir(exist_ok=True)
     tokenizer.save(workdir / TOKENIZER_FOLDER)
     write_description(workdir, model, tokenizer_sha256=tokenizer.sha256, run=run)
@@ -70,14 +71,6 @@ def describe(
     }
     (workdir / "env.json").write_text(json.dumps(environment, indent=2) + "\n")
     return changed
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{name}: {old.get(name)!r} -> {new.get(name)!r}"
-        for name in sorted({*old, *new})
-        if old.get(name) != new.get(name)
-    ]
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

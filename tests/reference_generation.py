@@ -4,7 +4,7 @@ import functools
 import random
 
 import numpy as np
-from reference import clm, our_model, random_config, reference_model, torch
+from reference import hugging_face_model, our_model, random_config, reference_model, torch
 
 
 @functools.cache
@@ -26,10 +26,7 @@ def both_models(seed: int):
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
-    hugging_face = clm.PerceiverCausalLanguageModel(
-        clm.PerceiverCausalLanguageModelConfig(reference.config), backend_model=reference
-    )
-    return hugging_face, *our_model(reference, config)
+    return hugging_face_model(reference), *our_model(reference, config)
 
 
 def random_prompts(config, num_latents: int, seed: int, batch: int = 4):

@@ -7,6 +7,7 @@ import pytest
 from reference import (
     assert_close_to_reference,
     clm,
+    hugging_face_model,
     random_config,
     random_input,
     reference_model,
@@ -33,9 +34,7 @@ def arrays(tensors):
 
 def hub_model(config, seed):
     """A model of perceiver-io as `from_pretrained` gives it, all parameters moved."""
-    backend = reference_model(config, seed)
-    hub_config = clm.PerceiverCausalLanguageModelConfig(backend.config)
-    return clm.PerceiverCausalLanguageModel(hub_config, backend_model=backend).eval()
+    return hugging_face_model(reference_model(config, seed))
 
 
 def assert_same_logits(backend, config, params):

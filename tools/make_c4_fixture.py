@@ -1,8 +1,8 @@
 """Makes a small prepared dataset with exactly C4's features and layout, from JSONL.
 
-    python tools/make_c4_fixture.py 'pages/*.jsonl' --output /tmp/c4
+    python tools/make_c4_fixture.py 'pages/*.jsonl' --output DIR
 
-Writes /tmp/c4/array_record/c4/en/3.0.1 and /tmp/c4/tfrecord/c4/en/3.0.1, which everything that
+Writes DIR/array_record/c4/en/3.0.1 and DIR/tfrecord/c4/en/3.0.1, which everything that
 reads C4 reads too. Each line holds "text", and may hold "url" and "timestamp".
 """
 

@@ -16,11 +16,11 @@ def main() -> None:
     corpus = prepare_corpus(arguments.data_dir)
     source = open_source(str(corpus), "train")
     model = arguments.data_dir / "tokenizer.model"
+    texts = [source[i].text for i in range(len(source))]
     if not model.is_file():
-        texts = (source[i].text for i in range(len(source)))
         train_sentencepiece(texts, model, arguments.vocab_size)
-    size = sum(len(source[i].text) for i in range(len(source)))
-    print(f"{len(source):,} documents, {size:,} characters in {corpus}; tokenizer {model}")
+    size = sum(map(len, texts))
+    print(f"{len(texts):,} documents, {size:,} characters in {corpus}; tokenizer {model}")
 
 
 if __name__ == "__main__":

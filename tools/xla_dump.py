@@ -115,13 +115,6 @@ def _called(line, attribute):
     return re.search(rf"\b{attribute}=%?([\w.\-]+)", line)[1]
 
 
-def _braces(line, attribute):
-    found = re.search(rf"\b{attribute}=\{{([^}}]*)\}}", line)
-    return (
-        found[1] if found else " ".join(re.findall(r"(?:true|false)_computation=(%[\w.\-]+)", line))
-    )
-
-
 def _arrays(shape):
     for dtype, dimensions in re.findall(r"\b([a-z]+\d+|pred)\[([\d,]*)\]", shape):
         sizes = map(int, filter(None, dimensions.split(",")))

@@ -84,7 +84,7 @@ class Loader:
           ValueError: the state does not fit, or belongs to other data or another tokenizer;
             `allow_other_data` lets the latter pass.
         """
-        differences = fingerprint_differences(state["fingerprint"], self.fingerprint)
+        differences = differing_entries(state["fingerprint"], self.fingerprint)
         if differences and not allow_other_data:
             raise ValueError("the data differs from the checkpoint's: " + "; ".join(differences))
         first = self._first_row - state["first_row"]
@@ -179,14 +179,14 @@ def merge_states(states: Sequence[dict]) -> dict:
             raise ValueError(f"no loader state covers row {len(merged['positions'])}")
         if state["step"] != merged["step"]:
             raise ValueError(f"loader states of steps {merged['step']} and {state['step']}")
-        differences = fingerprint_differences(merged["fingerprint"], state["fingerprint"])
+        differences = differing_entries(merged["fingerprint"], state["fingerprint"])
         if differences:
             raise ValueError("processes read different data: " + "; ".join(differences))
         merged["positions"] += state["positions"]
     return merged
 
 
-def fingerprint_differences(old: dict, new: dict) -> list[str]:
+def differing_entries(old: dict, new: dict) -> list[str]:
     """`name: old -> new` for every entry that differs."""
     return [
         f"{name}: {old.get(name)!r} -> {new.get(name)!r}"
