@@ -20,7 +20,7 @@ import numpy as np
 from perceiver_ar_jax import PerceiverAR, PerceiverARConfig, generate
 from perceiver_ar_jax.model import init_params
 
-CLOCK = time.process_time
+CLOCK = time.perf_counter
 
 MODELS = {
     "tiny": PerceiverARConfig(

@@ -49,5 +49,5 @@ def test_caches_of_a_batch_are_spread_over_the_data_axis(unsharded):
     model, params = unsharded
     mesh = make_mesh(MeshConfig(data=4, tensor=2))
     spread = jax.device_put(params, state_shardings(params, mesh))
-    values = prefill(model, spread, PROMPTS, num_latents=2).context.cache.cross.v_BNKH
+    values = prefill(model, spread, PROMPTS, num_latents=2).context.cache.cross.v
     assert values.sharding.shard_shape(values.shape)[0] == 1

@@ -21,7 +21,7 @@ class Prefilled(NamedTuple):
 
     def check(self, config: PerceiverARConfig) -> None:
         """Raises ValueError where a model of another shape has read the prompt."""
-        keys = self.context.cache.cross.k_BNHK.shape[1:3]
+        keys = self.context.cache.cross.k.shape[-3:-1]
         read_by = (len(self.context.cache.layers), *keys)
         asked = (config.num_self_attention_layers, config.num_heads, config.head_dim)
         if read_by != asked:

@@ -11,7 +11,7 @@ from perceiver_ar_jax.config import PerceiverARConfig
 from perceiver_ar_jax.model import attention
 from perceiver_ar_jax.model.cache import KeysValues, LayerCache
 from perceiver_ar_jax.model.positions import Rotation, rotate
-from perceiver_ar_jax.parallel import constrain
+from perceiver_ar_jax.parallel import constrain, has_context
 
 
 class Embedding(nn.Module):
@@ -67,9 +67,9 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones_init(), shape, dtype)
         bias = self.param("bias", nn.initializers.zeros_init(), shape, dtype)
         x = x.astype(jnp.float32)
-        mean = checkpoint_name(x.mean(axis=-1, keepdims=True), "norm_statistics")
+        mean = checkpoint_name(x.mean(axis=-1, keepdims=True), "statistics")
         variance = jnp.square(x - mean).mean(axis=-1, keepdims=True)
-        inverse_std = checkpoint_name(jax.lax.rsqrt(variance + 1e-5), "norm_statistics")
+        inverse_std = checkpoint_name(jax.lax.rsqrt(variance + 1e-5), "statistics")
         return ((x - mean) * (inverse_std * scale) + bias).astype(self.config.dtype)
 
 
@@ -105,6 +105,7 @@ class MultiHeadAttention(nn.Module):
     config: PerceiverARConfig
     max_heads_parallel: int | None = None
     out_bias: bool = False
+    over_context: bool = False
 
     def setup(self):
         width = self.config.num_channels
@@ -126,23 +127,36 @@ class MultiHeadAttention(nn.Module):
         return KeysValues(checkpoint_name(k_BKNH, "qkv"), checkpoint_name(v_BKNH, "qkv"))
 
     def __call__(
-        self, q_BLNH: jax.Array, kv: KeysValues, mask_BLK: jax.Array, *, deterministic: bool
+        self,
+        q_BLNH: jax.Array,
+        kv: KeysValues | LayerCache,
+        mask_BLK: jax.Array,
+        *,
+        deterministic: bool,
     ) -> jax.Array:
         """Attends and projects: (B, L, D)."""
-        rate = 0.0 if deterministic else self.config.post_attention_dropout
-        dropout = {
-            "dropout_rate": rate,
-            "dropout_key": self.make_rng("dropout") if rate else None,
-        }
-        heads = self.max_heads_parallel
-        if heads is None or heads >= self.config.num_heads:
-            out_BLNH = attention.attend(q_BLNH, kv.k, kv.v, mask_BLK, **dropout)
+        if isinstance(kv, LayerCache):
+            out_BLNH = kv.attend(q_BLNH, mask_BLK)
         else:
-            out_BLNH = attention.attend_by_heads(
-                q_BLNH, kv.k, kv.v, mask_BLK, max_heads=heads, **dropout
-            )
+            out_BLNH = self._attend(q_BLNH, kv, mask_BLK, deterministic)
         out_BLD = out_BLNH.reshape(*out_BLNH.shape[:2], self.config.num_channels)
         return self.o_proj(checkpoint_name(out_BLD, "attention_out"))
+
+    def _attend(self, q_BLNH, kv, mask_BLK, deterministic):
+        rate = 0.0 if deterministic else self.config.post_attention_dropout
+        attend, heads = attention.attend, self.max_heads_parallel
+        if heads is not None and heads < self.config.num_heads:
+            attend = functools.partial(attention.attend_by_heads, max_heads=heads)
+        return attend(
+            q_BLNH,
+            kv.k,
+            kv.v,
+            mask_BLK,
+            dropout_rate=rate,
+            dropout_key=self.make_rng("dropout") if rate else None,
+            keep_weights=self.config.remat == "none",
+            over_context=self.over_context,
+        )
 
     def _split(self, x_BSD: jax.Array) -> jax.Array:
         return x_BSD.reshape(*x_BSD.shape[:2], self.config.num_heads, self.config.head_dim)
@@ -161,7 +175,9 @@ class CrossAttentionLayer(nn.Module):
         config = self.config
         self.q_norm = LayerNorm(config)
         self.kv_norm = LayerNorm(config)
-        self.attention = MultiHeadAttention(config, config.max_heads_parallel, out_bias=True)
+        self.attention = MultiHeadAttention(
+            config, config.max_heads_parallel, out_bias=True, over_context=True
+        )
         self.mlp = MLP(config.cross_attention_widening_factor, config)
         self.dropout = nn.Dropout(config.residual_dropout)
 
@@ -183,15 +199,24 @@ class CrossAttentionLayer(nn.Module):
         is what comes back.
         """
         normed_BLD = self.q_norm(latents_BLD)
-        # Also called for an empty prefix, so that init always makes kv_norm's parameters.
-        keys_BKD = jnp.concatenate([self.kv_norm(prefix_BPD), normed_BLD], axis=1)
+        keys_BKD = self._normed_keys(prefix_BPD, latents_BLD, normed_BLD)
         q_BLNH = self.attention.queries(normed_BLD, rotation_latents)
         kv = self.attention.keys_values(keys_BKD, rotation_keys)
         if cache is None:
             return _residual_branches(self, latents_BLD, q_BLNH, kv, mask_BLK, deterministic), kv
         cache = cache.write(kv, slot)
-        kv = cache.keys_values
-        return _residual_branches(self, latents_BLD, q_BLNH, kv, mask_BLK, deterministic), cache
+        return _residual_branches(self, latents_BLD, q_BLNH, cache, mask_BLK, deterministic), cache
+
+    def _normed_keys(self, prefix_BPD, latents_BLD, normed_BLD):
+        num_keys = prefix_BPD.shape[1] + latents_BLD.shape[1]
+        if not has_context(num_keys):
+            # Also for an empty prefix, so that init always makes kv_norm's parameters.
+            return jnp.concatenate([self.kv_norm(prefix_BPD), normed_BLD], axis=1)
+        # Each device takes both norms of its own part: to cut the parts would be to exchange them.
+        x_BKD = jnp.concatenate([prefix_BPD, latents_BLD], axis=1)
+        x_BKD = constrain(x_BKD, "batch", "keys", None)
+        is_prefix_K1 = jnp.arange(num_keys)[:, None] < prefix_BPD.shape[1]
+        return jnp.where(is_prefix_K1, self.kv_norm(x_BKD), self.q_norm(x_BKD))
 
 
 class SelfAttentionLayer(nn.Module):
@@ -223,8 +248,7 @@ class SelfAttentionLayer(nn.Module):
         if cache is None:
             return _residual_branches(self, x_BLD, q_BLNH, kv, mask_BLK, deterministic), kv
         cache = cache.write(kv, slot)
-        kv = cache.keys_values
-        return _residual_branches(self, x_BLD, q_BLNH, kv, mask_BLK, deterministic), cache
+        return _residual_branches(self, x_BLD, q_BLNH, cache, mask_BLK, deterministic), cache
 
 
 def _residual_branches(layer, x_BLD, q_BLNH, kv, mask_BLK, deterministic):
@@ -249,24 +273,26 @@ def _matmul_forward(x, kernel, gradient_dtype):
 def _matmul_backward(gradient_dtype, saved, dy):
     x, kernel = saved
     dx = jnp.einsum("...f,df->...d", dy, kernel.astype(x.dtype))
-    rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     dkernel = jax.lax.platform_dependent(
-        *rows,
+        x,
+        dy,
         cpu=functools.partial(_gradient_on_cpu, dtype=gradient_dtype),
         default=functools.partial(_gradient, dtype=gradient_dtype),
     )
     return dx, dkernel.astype(kernel.dtype)
 
 
-def _gradient(x_RD, dy_RF, dtype):
-    return jnp.einsum("RD,RF->DF", x_RD, dy_RF, preferred_element_type=dtype)
+def _gradient(x, dy, dtype):
+    # Not flattened to rows: where positions are spread over devices, that would gather them.
+    rows = tuple(range(x.ndim - 1))
+    return jax.lax.dot_general(x, dy, ((rows, rows), ((), ())), preferred_element_type=dtype)
 
 
-def _gradient_on_cpu(x_RD, dy_RF, dtype):
+def _gradient_on_cpu(x, dy, dtype):
     # XLA's CPU matmul is slow where its left side is transposed; the barrier makes it transpose
     # first (1.4 times faster training steps).
-    x_DR = jax.lax.optimization_barrier(x_RD.T)
-    return jnp.matmul(x_DR, dy_RF, preferred_element_type=dtype)
+    x_DR = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
+    return jnp.matmul(x_DR, dy.reshape(-1, dy.shape[-1]), preferred_element_type=dtype)
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)

@@ -15,7 +15,7 @@ from perceiver_ar_jax.model.positions import Rotation, positions, rotation
 from perceiver_ar_jax.parallel import constrain
 
 # What remat="names" keeps for the backward pass: results of matmuls, but no attention weights.
-KEPT_NAMES = ("norm_statistics", "qkv", "attention_out", "attention_residual", "mlp_up")
+KEPT_NAMES = ("statistics", "qkv", "attention_out", "attention_residual", "mlp_up")
 
 
 class PerceiverAR(nn.Module):
@@ -197,7 +197,7 @@ class PerceiverAR(nn.Module):
             # While decoding, positions run on past the table; the reference stays at its end.
             last = self.config.max_seq_len - 1
             x_BSD += self.position_embedding(jnp.minimum(positions_BS, last))
-        return constrain(x_BSD, "batch", None, None)
+        return constrain(x_BSD, "batch", "keys", None)
 
     def _normed(self, x_BLD):
         return self.out_norm(x_BLD) if self.config.output_norm else x_BLD.astype(self.config.dtype)

@@ -5,10 +5,14 @@ from perceiver_ar_jax.parallel.mesh import (
     make_mesh,
     use_mesh,
 )
+from perceiver_ar_jax.parallel.processes import join_processes
 from perceiver_ar_jax.parallel.sharding import (
     batch_sharding,
     constrain,
+    has_context,
+    on_own_keys,
     on_own_rows,
+    over_devices,
     replicated,
     state_shardings,
     to_global,
@@ -20,8 +24,12 @@ __all__ = [
     "batch_share",
     "check_batch_size",
     "constrain",
+    "has_context",
+    "join_processes",
     "make_mesh",
+    "on_own_keys",
     "on_own_rows",
+    "over_devices",
     "replicated",
     "state_shardings",
     "to_global",

@@ -1,5 +1,6 @@
 """How parameters, batches and activations lie on the mesh: logical axes and one table of rules."""
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +14,7 @@ from perceiver_ar_jax.parallel.mesh import BATCH_AXES, CONTEXT, FSDP, TENSOR
 # Logical axes of arrays, and the mesh axes they are cut along.
 LOGICAL_RULES = {
     "batch": BATCH_AXES,
-    "prefix": (CONTEXT,),
+    "keys": (CONTEXT,),
     "embed": (FSDP,),
     "heads": (TENSOR,),
     "mlp": (TENSOR,),
@@ -115,6 +116,41 @@ def on_own_rows(
         )(*arguments)
 
     return spread
+
+
+def has_context(num_keys: int) -> bool:
+    """Whether the mesh in use has a context axis among whose devices so many keys divide."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if CONTEXT in mesh.manual_axes else mesh.shape.get(CONTEXT, 1)
+    return parts > 1 and num_keys % parts == 0
+
+
+def on_own_keys(
+    function: Callable[..., tuple], *, in_keys: Sequence[int | None], out_keys: Sequence[int | None]
+) -> Callable[..., tuple]:
+    """`function`, run by each device of the context axis on its own keys.
+
+    Args:
+      function: of the axis name and arrays, to a tuple.
+      in_keys: for each array, which dimension is that of the keys, if one is.
+      out_keys: the same for each result; those without keys are equal on all devices.
+    """
+    in_specs, out_specs = (
+        tuple(PartitionSpec(*[None] * (dim or 0), CONTEXT if dim else None) for dim in dims)
+        for dims in (in_keys, out_keys)
+    )
+    return jax.shard_map(
+        functools.partial(function, CONTEXT),
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names={CONTEXT},
+        check_vma=False,
+    )
+
+
+def over_devices(reduce: Callable, x: jax.Array, axis: str | None) -> jax.Array:
+    """`reduce` (such as `jax.lax.psum`) over the devices of a mesh axis, if there is one."""
+    return x if axis is None else reduce(x, axis)
 
 
 def _mesh_axes(logical: Iterable[str | None]) -> list[tuple[str, ...]]:
