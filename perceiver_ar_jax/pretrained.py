@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from perceiver_ar_jax._version import __version__
 from perceiver_ar_jax.config import PerceiverARConfig
@@ -78,7 +77,7 @@ def save_pretrained(
     if (folder / TOKENIZER_FOLDER).is_dir():
         sha256 = _load_tokenizer(folder / TOKENIZER_FOLDER).sha256
     checkpointer = Checkpointer(folder / CHECKPOINTS_FOLDER)
-    checkpointer.save_params(jax.tree.map(jnp.asarray, params))
+    checkpointer.save_params(jax.tree.map(jax.device_put, params))
     checkpointer.close()
     write_description(folder, config, tokenizer_sha256=sha256)
 
@@ -136,7 +135,7 @@ def _load_reference(source):
     from perceiver_ar_jax.conversion import read_reference, to_flax
 
     reference = read_reference(source)
-    params = jax.tree.map(jnp.asarray, to_flax(reference.tensors, reference.config))
+    params = jax.tree.map(jax.device_put, to_flax(reference.tensors, reference.config))
     tokenizer = None
     if reference.tokenizer_files:
         tokenizer = _load_tokenizer(reference.tokenizer_files[0].parent)
