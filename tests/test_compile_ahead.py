@@ -1,0 +1,153 @@
+"""Compiling for TPUs that are not there; a change that breaks TPU lowering fails here."""
+
+import os
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))
+
+from compiled_step import CompiledStep, DoesNotFitError, compile_step, topology_devices
+from xla_dump import Collective, Program
+
+from perceiver_ar_jax import PerceiverAR, PerceiverARConfig
+from perceiver_ar_jax.model import init_params
+from perceiver_ar_jax.model.flops import training_flops
+from perceiver_ar_jax.parallel import MeshConfig
+from perceiver_ar_jax.parallel.chips import chip_of
+from perceiver_ar_jax.training import OptimizerConfig
+
+QUICK = {"optimization_level": 1}
+SMALL = PerceiverARConfig.clm_base(
+    vocab_size=512,
+    max_seq_len=256,
+    max_latents=128,
+    num_channels=256,
+    num_heads=2,
+    num_self_attention_layers=3,
+    dtype="bfloat16",
+    remat="names",
+    scan_layers=True,
+)
+
+
+def compiled(topology: str, config=SMALL, batch_size=64, **mesh: int) -> CompiledStep:
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs `pip install libtpu`")
+    return compile_step(
+        config,
+        OptimizerConfig(),
+        MeshConfig(**{"data": 1} | mesh),
+        topology_devices(topology),
+        batch_size=batch_size,
+        compiler_options=QUICK,
+    )
+
+
+def state_bytes(config) -> int:
+    """Parameters and both moments in float32."""
+    shapes = jax.eval_shape(lambda: init_params(PerceiverAR(config), jax.random.key(0)))
+    return 12 * sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def kinds(step: CompiledStep) -> set[str]:
+    return {collective.kind for collective in step.collectives}
+
+
+@pytest.mark.parametrize(
+    ("topology", "mesh", "shards"),
+    [
+        ("v5e:4x4", {"data": 4, "fsdp": 2, "tensor": 2}, 4),
+        ("v5p:2x2x2", {"fsdp": 8}, 8),
+        pytest.param("v5e:4x4", {"data": 16}, 1, marks=pytest.mark.slow),
+        pytest.param("v5e:4x4", {"fsdp": 16}, 16, marks=pytest.mark.slow),
+        pytest.param("v5e:4x4", {"data": 4, "context": 4}, 1, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_small_model_compiles_with_its_state_in_equal_parts(topology, mesh, shards):
+    step = compiled(topology, **mesh)
+    assert state_bytes(SMALL) / shards < step.argument_bytes < 1.2 * state_bytes(SMALL) / shards
+    assert ("all-gather" in kinds(step)) == (shards > 1)
+    assert kinds(step) & {"all-reduce", "reduce-scatter"}
+    assert 0 < step.mfu_ceiling < 1
+
+
+@pytest.mark.slow
+def test_what_context_devices_exchange_hardly_grows_with_the_prefix():
+    def exchanged(prefix_len):
+        config = SMALL.replace(max_seq_len=prefix_len + SMALL.max_latents)
+        step = compiled("v5e:4x4", config, batch_size=16, data=4, context=4)
+        return sum(collective.total_bytes for collective in step.collectives)
+
+    one_sequence = 16 // 4 * 8192 * SMALL.num_channels * 2  # bytes in bf16, on one device
+    assert exchanged(8192) - exchanged(128) < one_sequence
+
+
+@pytest.mark.slow
+def test_c4_base_without_remat_is_refused_for_lack_of_memory():
+    config = PerceiverARConfig.clm_base(dtype="bfloat16", scan_layers=True)
+    with pytest.raises(DoesNotFitError, match="RESOURCE_EXHAUSTED"):
+        compiled("v5e:16x16", config, batch_size=2048, data=256)
+
+
+DUMP = """HloModule step
+
+%inside (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %sum = f32[8]{0} all-reduce(%p), to_apply=%add
+}
+
+%body (s: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %gathered = bf16[4,8]{1,0} all-gather(%x), dimensions={0}
+  %f = f32[8]{0} fusion(%gathered), calls=%inside, metadata={op_name="jit(f)/layer/mlp/up"}, \
+backend_config={"window_config":{"estimated_cycles":"100"}}
+}
+
+%condition (s: (s32[], f32[8])) -> pred[] {
+  %count = s32[] constant(19)
+  ROOT %less = pred[] compare(%i, %count), direction=LT
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %loop = (s32[], f32[8]{0}) while(%start), condition=%condition, body=%body
+  %both = (f32[2]{0}, bf16[2]{0}) all-reduce(%c, %d), to_apply=%add
+  ROOT %update = f32[8]{0} fusion(%g), calls=%other, metadata={op_name="jit(f)/add"}, \
+backend_config={"window_config":{"estimated_cycles":"7"}}
+}
+
+%other (p: f32[8]) -> f32[8] {
+  ROOT %p.1 = f32[8]{0} parameter(0)
+}
+"""
+
+
+def test_a_dump_is_read_with_loops_multiplied_out():
+    program = Program(DUMP)
+    assert program.cycles_by_part() == {"mlp": 1900, "optimizer and other": 7}
+    assert program.collectives() == [
+        Collective("all-gather", "bf16", 19, 19 * 64),
+        Collective("all-reduce", "f32", 20, 19 * 32 + 8),
+        Collective("all-reduce", "bf16", 1, 4),
+    ]
+
+
+def test_the_formula_of_flops_is_that_of_xla_for_an_unrolled_model():
+    config = SMALL.replace(scan_layers=False, remat="none", dtype="float32")
+    batch = jax.ShapeDtypeStruct((1, 256), "int32")
+    params = jax.eval_shape(lambda: init_params(PerceiverAR(config), jax.random.key(0)))
+
+    def loss(params, tokens):
+        return PerceiverAR(config).apply({"params": params}, tokens, 128).mean()
+
+    counted = jax.jit(jax.grad(loss)).lower(params, batch).cost_analysis()["flops"]
+    assert training_flops(config, 128, 128) == pytest.approx(counted, rel=0.03)
+
+
+def test_chips_are_known_by_what_they_call_themselves():
+    assert chip_of("TPU v5 lite").name == "v5e"
+    assert chip_of("cpu") is None
