@@ -1,0 +1,24 @@
+"""The 455M model on C4 with a prefix of up to 32,256 tokens, fine-tuned or from scratch.
+
+Command:   python train.py --config=configs/c4_base_long.py --workdir=gs://BUCKET/c4_base_long \\
+             --config.data.source=gs://BUCKET/tensorflow_datasets/c4/en/3.0.1 \\
+             --config.data.tokenizer=spiece.model
+Hardware:  a pod of 256 TPU chips, one window a chip
+Expected:  not yet run; no figure is published for this length
+
+As c4_base, but windows of 32,768 positions, documents joined until they are full. Half of the
+prefix is dropped in training (paper, appendix E.2), which halves the keys of the first layer. To
+spread one window over several devices, give the mesh a context axis: --config.mesh.context=8.
+"""
+
+from configs import c4_base
+
+
+def get_config():
+    config = c4_base.get_config()
+    config.batch_size = 256
+    config.model.max_seq_len = 32_768
+    config.model.cross_attention_dropout = 0.5
+    config.model.max_heads_parallel = 2
+    config.data.min_seq_len = 16_384
+    return config
