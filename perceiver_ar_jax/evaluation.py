@@ -40,8 +40,8 @@ def evaluate(
 
     Args:
       params: of the model.
-      batches: dicts of `tokens`, `targets`, `pad_mask` and `weights`, (B, S) each; see
-        `data.evaluation_batches`.
+      batches: dicts of `tokens`, `targets`, `pad_mask`, `weights` and, if documents are to be
+        respected, `segment_ids`, (B, S) each; see `data.evaluation_batches`.
       model: the model.
       prefix_len: positions of a window that are prefix.
       num_bytes: UTF-8 bytes of the text that the batches cover.
@@ -50,7 +50,8 @@ def evaluate(
     step = _compiled_step(model, prefix_len)
     sums = []
     for arrays in batches:
-        batch = Batch(arrays["tokens"], arrays["targets"], arrays["pad_mask"])
+        segment_ids = arrays.get("segment_ids")
+        batch = Batch(arrays["tokens"], arrays["targets"], arrays["pad_mask"], segment_ids)
         sums.append(step(params, *to_device((batch, arrays["weights"]))))
     if not sums:
         raise ValueError("there is no text to evaluate on")

@@ -11,7 +11,12 @@ from perceiver_ar_jax.model.layers import (
     LayerNorm,
     SelfAttentionLayer,
 )
-from perceiver_ar_jax.model.positions import Rotation, positions, rotation
+from perceiver_ar_jax.model.positions import (
+    Rotation,
+    positions,
+    positions_in_segments,
+    rotation,
+)
 from perceiver_ar_jax.parallel import constrain
 
 # What remat="names" keeps for the backward pass: results of matmuls, but no attention weights.
@@ -53,6 +58,7 @@ class PerceiverAR(nn.Module):
         prefix_len: int,
         pad_mask: jax.Array | None = None,
         *,
+        segment_ids: jax.Array | None = None,
         deterministic: bool = True,
     ) -> jax.Array:
         """Logits of the latents, (B, L, V) float32 with L = S - prefix_len.
@@ -61,12 +67,20 @@ class PerceiverAR(nn.Module):
           tokens_BS: token ids, (B, S) with S at most max_seq_len, padded on the left.
           prefix_len: how many of the S positions are prefix, a Python int.
           pad_mask: (B, S), True at pads; None where nothing is padded.
+          segment_ids: (B, S), which document each token belongs to. Attention then stays inside a
+            document, and its positions begin at 0: each gives what it would give alone.
           deterministic: False drops prefix positions, attention weights and branches as configured.
 
         Raises:
           ValueError: if a length is out of range, in the reference's words.
         """
-        hidden_BLD = self.hidden(tokens_BS, prefix_len, pad_mask, deterministic=deterministic)
+        hidden_BLD = self.hidden(
+            tokens_BS,
+            prefix_len,
+            pad_mask,
+            segment_ids=segment_ids,
+            deterministic=deterministic,
+        )
         return self.logits(hidden_BLD)
 
     def hidden(
@@ -75,10 +89,11 @@ class PerceiverAR(nn.Module):
         prefix_len: int,
         pad_mask: jax.Array | None = None,
         *,
+        segment_ids: jax.Array | None = None,
         deterministic: bool = True,
     ) -> jax.Array:
         """What the head reads, (B, L, D); arguments as in `__call__`."""
-        x_BLD, _, *inner = self._read(tokens_BS, prefix_len, pad_mask, deterministic)
+        x_BLD, _, *inner = self._read(tokens_BS, prefix_len, pad_mask, segment_ids, deterministic)
         return self._normed(self._layers(x_BLD, *inner, deterministic))
 
     def logits(self, hidden_BLD: jax.Array, embedding_DV: jax.Array | None = None) -> jax.Array:
@@ -137,18 +152,21 @@ class PerceiverAR(nn.Module):
         cache = cache.replace(cross=cross, layers=tuple(layers), length=cache.length + 1)
         return self._normed(x_B1D)[:, 0], cache
 
-    def _read(self, tokens_BS, prefix_len, pad_mask_BS, deterministic=True):
+    def _read(self, tokens_BS, prefix_len, pad_mask_BS, segment_ids_BS=None, deterministic=True):
         """The hybrid layer: latents, keys and values; rotation and mask for the layers after it."""
         config = self.config
         _check_lengths(tokens_BS.shape[1], prefix_len, config)
-        positions_BS = positions(tokens_BS.shape[1], pad_mask_BS)
+        if segment_ids_BS is None:
+            positions_BS = positions(tokens_BS.shape[1], pad_mask_BS)
+        else:
+            positions_BS = positions_in_segments(segment_ids_BS)
         if not deterministic and prefix_len and config.cross_attention_dropout:
             kept_BK = _kept_columns(self.make_rng("dropout"), tokens_BS.shape, prefix_len, config)
             prefix_len -= tokens_BS.shape[1] - kept_BK.shape[1]
             positions_BS = jnp.broadcast_to(positions_BS, tokens_BS.shape)
-            tokens_BS, positions_BS, pad_mask_BS = jax.tree.map(
+            tokens_BS, positions_BS, pad_mask_BS, segment_ids_BS = jax.tree.map(
                 lambda x_BS: jnp.take_along_axis(x_BS, kept_BK, axis=1),
-                (tokens_BS, positions_BS, pad_mask_BS),
+                (tokens_BS, positions_BS, pad_mask_BS, segment_ids_BS),
             )
         x_BSD = self._embed(tokens_BS, positions_BS)
         rotation_BS = rotation(positions_BS, config)
@@ -165,7 +183,7 @@ class PerceiverAR(nn.Module):
             )
 
         keys, latents = x_BSD.shape[1], x_BSD.shape[1] - prefix_len
-        mask_BLK = masks.causal(latents, keys, pad_mask_BS)
+        mask_BLK = masks.causal(latents, keys, pad_mask_BS, segment_ids_BS)
         x_BLD, cross = _remat(nn.remat, hybrid, config)(
             self.cross_attention, x_BSD[:, prefix_len:], x_BSD[:, :prefix_len], mask_BLK
         )

@@ -30,6 +30,13 @@ def positions(length: int, pad_mask_BS: jax.Array | None = None) -> jax.Array:
     return jnp.maximum(positions_S - pads_B1, 0)
 
 
+def positions_in_segments(segment_ids_BS: jax.Array) -> jax.Array:
+    """Positions counted from the beginning of each run of equal segment ids, (B, S) int32."""
+    positions_1S = positions(segment_ids_BS.shape[1])
+    begins_BS = jnp.diff(segment_ids_BS, axis=1, prepend=segment_ids_BS[:, :1]) != 0
+    return positions_1S - jax.lax.cummax(jnp.where(begins_BS, positions_1S, 0), axis=1)
+
+
 def inverse_frequencies(config: PerceiverARConfig) -> np.ndarray:
     """Angle per position of each rotated pair, (R/2,) float32: stored ones, else the formula.
 

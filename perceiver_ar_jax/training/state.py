@@ -13,6 +13,7 @@ class Batch:
     tokens: jax.Array  # (B, S) int32
     targets: jax.Array  # (B, S) int32, the next token at each position
     pad_mask: jax.Array  # (B, S) bool, True at pads
+    segment_ids: jax.Array | None = None  # (B, S) int32: None lets attention cross documents
 
 
 @struct.dataclass

@@ -94,6 +94,7 @@ def _loss_sum(params, batch, weights_BL, dropout_key=None, *, model, prefix_len)
         batch.tokens,
         prefix_len,
         batch.pad_mask,
+        segment_ids=batch.segment_ids,
         deterministic=dropout_key is None,
         rngs=None if dropout_key is None else {"dropout": dropout_key},
         method="hidden",
