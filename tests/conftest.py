@@ -5,7 +5,19 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# PERCEIVER_AR_FUZZ=long tries 10,000 new examples a test in place of the same 200.
+EASY_GOING = {
+    "deadline": None,
+    "database": None,
+    "print_blob": True,
+    "suppress_health_check": [hypothesis.HealthCheck.too_slow],
+}
+hypothesis.settings.register_profile("short", max_examples=200, derandomize=True, **EASY_GOING)
+hypothesis.settings.register_profile("long", max_examples=10_000, **EASY_GOING)
+hypothesis.settings.load_profile(os.environ.get("PERCEIVER_AR_FUZZ", "short"))
 
 ROOT = Path(__file__).resolve().parent.parent
 
