@@ -1,11 +1,28 @@
+import contextlib
 import dataclasses
 import math
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 
 REMAT_POLICIES = ("none", "full", "names")
 ATTENTION_IMPLEMENTATIONS = ("plain",)
+LEAST_SIZES = {
+    "vocab_size": 1,
+    "max_seq_len": 1,
+    "max_latents": 1,
+    "num_channels": 1,
+    "num_heads": 1,
+    "max_heads_parallel": 1,
+    "num_self_attention_layers": 0,
+    "num_self_attention_rotary_layers": -1,
+    "self_attention_widening_factor": 1,
+    "cross_attention_widening_factor": 1,
+}
+DROPOUT_FIELDS = ("cross_attention_dropout", "post_attention_dropout", "residual_dropout")
+SWITCHES = ("output_norm", "output_bias", "abs_pos_emb", "scan_layers")
 DTYPE_FIELDS = ("dtype", "param_dtype", "gradient_dtype")
 
 
@@ -48,9 +65,9 @@ class PerceiverARConfig:
 
     def __post_init__(self):
         for name in DTYPE_FIELDS:
-            object.__setattr__(self, name, jnp.dtype(getattr(self, name)).name)
+            self._make_plain(name, lambda dtype: jnp.dtype(dtype).name)
         if self.rotary_inv_freq is not None:
-            object.__setattr__(self, "rotary_inv_freq", tuple(map(float, self.rotary_inv_freq)))
+            self._make_plain("rotary_inv_freq", lambda values: tuple(map(float, values)))
         problems = list(self._problems())
         if problems:
             raise ValueError("PerceiverARConfig: " + "; ".join(problems))
@@ -122,38 +139,36 @@ class PerceiverARConfig:
         """The 30.6M model on UTF-8 bytes of perceiver-io's WikiText run."""
         return cls().replace(**changes)
 
+    def _make_plain(self, name: str, convert: Callable[[Any], Any]) -> None:
+        # What cannot be converted stays as it is, for `_problems` to name it.
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            object.__setattr__(self, name, convert(getattr(self, name)))
+
     def _problems(self):
-        at_least = {
-            "vocab_size": 1,
-            "max_seq_len": 1,
-            "max_latents": 1,
-            "num_channels": 1,
-            "num_heads": 1,
-            "max_heads_parallel": 1,
-            "num_self_attention_layers": 0,
-            "num_self_attention_rotary_layers": -1,
-            "self_attention_widening_factor": 1,
-            "cross_attention_widening_factor": 1,
-        }
         wrong_size = False
-        for name, low in at_least.items():
+        for name, low in LEAST_SIZES.items():
             value = getattr(self, name)
             if value is None and name == "max_heads_parallel":
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 wrong_size = True
                 yield f"{name} must be a whole number of at least {low}, not {value!r}"
-        for name in ("cross_attention_dropout", "post_attention_dropout", "residual_dropout"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                yield f"{name} must be between 0 and 1, not {getattr(self, name)!r}"
-        if not self.init_scale >= 0.0:
-            yield f"init_scale must not be negative, but is {self.init_scale!r}"
+        for name in DROPOUT_FIELDS:
+            if not _is_number(getattr(self, name), high=1.0):
+                yield f"{name} must be a number between 0 and 1, not {getattr(self, name)!r}"
+        if not _is_number(self.init_scale, high=sys.float_info.max):
+            yield f"init_scale must be a finite number of at least 0, not {self.init_scale!r}"
+        for name in SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                yield f"{name} must be True or False, not {getattr(self, name)!r}"
         for name in DTYPE_FIELDS:
             if getattr(self, name) not in ("float32", "bfloat16"):
-                yield f"{name} must be float32 or bfloat16, not {getattr(self, name)}"
+                yield f"{name} must be float32 or bfloat16, not {getattr(self, name)!r}"
         for name, choices in (("remat", REMAT_POLICIES), ("attention", ATTENTION_IMPLEMENTATIONS)):
             if getattr(self, name) not in choices:
                 yield f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}"
+        if self.rotary_inv_freq is not None and not _are_finite(self.rotary_inv_freq):
+            yield f"rotary_inv_freq must be finite numbers, not {self.rotary_inv_freq!r:.80}"
         if wrong_size:
             return  # what follows divides by these sizes
         if self.max_latents > self.max_seq_len:
@@ -162,10 +177,21 @@ class PerceiverARConfig:
             yield f"num_channels {self.num_channels} is no multiple of num_heads {self.num_heads}"
         elif self.num_rotated_channels > self.head_dim:
             yield f"rotary positions need an even head width, not {self.head_dim}"
-        elif self.rotary_inv_freq is not None:
+        elif isinstance(self.rotary_inv_freq, tuple):
             frequencies = self.num_rotated_channels // 2
             if len(self.rotary_inv_freq) != frequencies:
                 yield (
                     f"rotary_inv_freq has {len(self.rotary_inv_freq)} entries where the head "
                     f"width asks for {frequencies}"
                 )
+
+
+def _is_number(value: Any, *, high: float) -> bool:
+    """Whether it is a number, and neither negative nor above `high`; NaN is not."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= high
+
+
+def _are_finite(values: Any) -> bool:
+    return isinstance(values, tuple) and all(
+        isinstance(value, float) and math.isfinite(value) for value in values
+    )

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 
 import pytest
 from small_models import small_config
@@ -54,8 +55,8 @@ def test_all_problems_come_in_one_message():
     assert str(error.value) == (
         "PerceiverARConfig: vocab_size must be a whole number of at least 1, not 0; "
         "num_heads must be a whole number of at least 1, not 2.0; "
-        "residual_dropout must be between 0 and 1, not 1.5; "
-        "init_scale must not be negative, but is -1.0; "
+        "residual_dropout must be a number between 0 and 1, not 1.5; "
+        "init_scale must be a finite number of at least 0, not -1.0; "
         "remat must be one of none, full, names, not 'some'"
     )
 
@@ -70,14 +71,20 @@ def test_all_problems_come_in_one_message():
         ({"num_self_attention_layers": -1}, "at least 0, not -1"),
         ({"num_heads": True}, "num_heads must be a whole number of at least 1, not True"),
         ({"max_heads_parallel": 0}, "max_heads_parallel must be a whole number of at least 1"),
-        ({"cross_attention_dropout": -0.1}, "cross_attention_dropout must be between 0 and 1"),
-        ({"residual_dropout": float("nan")}, "residual_dropout must be between 0 and 1, not nan"),
-        ({"dtype": "float16"}, "dtype must be float32 or bfloat16, not float16"),
-        ({"param_dtype": "int32"}, "param_dtype must be float32 or bfloat16, not int32"),
+        ({"cross_attention_dropout": -0.1}, "dropout must be a number between 0 and 1, not -0.1"),
+        ({"residual_dropout": float("nan")}, "dropout must be a number between 0 and 1, not nan"),
+        ({"init_scale": float("inf")}, "init_scale must be a finite number of at least 0, not inf"),
+        ({"init_scale": float("nan")}, "init_scale must be a finite number of at least 0, not nan"),
+        ({"dtype": "float16"}, "dtype must be float32 or bfloat16, not 'float16'"),
+        ({"param_dtype": "int32"}, "param_dtype must be float32 or bfloat16, not 'int32'"),
         ({"attention": "magic"}, "attention must be one of plain"),
         (
             {"rotary_inv_freq": (1.0,)},
             "rotary_inv_freq has 1 entries where the head width asks for 2",
+        ),
+        (
+            {"rotary_inv_freq": (1.0, float("nan"))},
+            r"rotary_inv_freq must be finite numbers, not \(1.0, nan\)",
         ),
     ],
     ids=str,
@@ -85,6 +92,27 @@ def test_all_problems_come_in_one_message():
 def test_impossible_models_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         small_config(**changes)
+
+
+def test_values_of_the_wrong_type_all_come_in_one_message_too():
+    values = {
+        "vocab_size": "48",
+        "num_heads": None,
+        "max_latents": True,
+        "cross_attention_dropout": True,
+        "residual_dropout": "0.1",
+        "init_scale": "x",
+        "output_norm": 1,
+        "abs_pos_emb": "no",
+        "dtype": "float7",
+        "param_dtype": 3,
+        "remat": ["full"],
+        "rotary_inv_freq": (1.0, "fast"),
+    }
+    with pytest.raises(ValueError) as error:
+        small_config(**values)
+    for name, value in values.items():
+        assert re.search(f" {name} must be [^;]*, not {re.escape(repr(value))}", str(error.value))
 
 
 @pytest.mark.parametrize("rotary_layers, expected", [(-1, 2), (0, 0), (1, 1), (2, 2), (7, 2)])
