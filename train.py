@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from perceiver_ar_jax.command_line import BAD_INPUT, exit_code, fail
+
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config().")
 flags.mark_flag_as_required("config")
@@ -20,16 +22,10 @@ def main(argv: list[str]) -> int:
     """Runs with the parsed flags; returns the exit code."""
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step it takes
     if len(argv) > 1:
-        return _fail(f"unexpected argument {argv[1]!r}", 2)
+        return fail("train.py", f"unexpected argument {argv[1]!r}", BAD_INPUT)
     from perceiver_ar_jax import train_loop  # here, so that --help and typing errors cost nothing
-    from perceiver_ar_jax.training.checkpoint import CheckpointError
 
-    try:
-        return train_loop.run(CONFIG.value, WORKDIR.value)
-    except (ValueError, OSError) as error:
-        return _fail(error, 2)
-    except CheckpointError as error:
-        return _fail(error, 4)
+    return exit_code("train.py", lambda: train_loop.run(CONFIG.value, WORKDIR.value))
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -38,17 +34,17 @@ def _parse(argv: list[str]) -> list[str]:
         CONFIG.value.seed  # noqa: B018  a file that did not load says so only when it is used
         return argv
     except AttributeError:
-        sys.exit(_fail(_unknown_setting(argv), 2))
+        sys.exit(fail("train.py", _unknown_setting(argv), BAD_INPUT))
     except flags.Error as error:
-        sys.exit(_fail(error, 2))
+        sys.exit(fail("train.py", error, BAD_INPUT))
     except OSError:
         file = config_flags.get_config_filename(flags.FLAGS["config"])
-        sys.exit(_fail(f"cannot read the config file {file}", 2))
+        sys.exit(fail("train.py", f"cannot read the config file {file}", BAD_INPUT))
 
 
 def _unknown_setting(argv: list[str]) -> str:
     """Which override names no setting, and the nearest one that there is."""
-    from perceiver_ar_jax.train_loop import default_config
+    from perceiver_ar_jax.run_config import default_config
 
     known = list(_names(default_config(), "config"))
     given = (x.lstrip("-").split("=")[0] for x in argv if x.startswith("--config."))
@@ -62,12 +58,6 @@ def _names(config: ConfigDict, prefix: str) -> Iterator[str]:
         yield f"{prefix}.{name}"
         if isinstance(config.get(name), ConfigDict):
             yield from _names(config[name], f"{prefix}.{name}")
-
-
-def _fail(error: object, code: int) -> int:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    print(f"train.py: {' '.join(lines)}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ Expected:  0.876 nats per byte (1.264 bits) on WikiText-103 is perceiver-io's pu
            not yet repeated here
 """
 
-from perceiver_ar_jax.train_loop import default_config
+from perceiver_ar_jax.run_config import default_config
 
 
 def get_config():

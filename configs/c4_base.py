@@ -11,7 +11,7 @@ Expected:  validation loss 2.820 nats per token after 50,000 steps (perceiver-io
 on the last 512 positions.
 """
 
-from perceiver_ar_jax.train_loop import default_config
+from perceiver_ar_jax.run_config import default_config
 
 
 def get_config():

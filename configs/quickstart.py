@@ -4,7 +4,7 @@ Command:   make quickstart
 Hardware:  2 CPU cores
 """
 
-from perceiver_ar_jax.train_loop import default_config
+from perceiver_ar_jax.run_config import default_config
 
 
 def get_config():

@@ -4,7 +4,7 @@ Command:   python train.py --config=configs/tiny.py --workdir=runs/tiny --config
 Hardware:  any CPU
 """
 
-from perceiver_ar_jax.train_loop import default_config
+from perceiver_ar_jax.run_config import default_config
 
 
 def get_config():

@@ -13,8 +13,13 @@ def exit_code(program: str, run: Callable[[], int]) -> int:
     try:
         return run()
     except (ValueError, OSError) as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return fail(program, error, BAD_INPUT)
     except CheckpointError as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        return NO_CHECKPOINT
+        return fail(program, error, NO_CHECKPOINT)
+
+
+def fail(program: str, error: object, code: int) -> int:
+    """Prints the error as one line; returns the code."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    print(f"{program}: {' '.join(lines)}", file=sys.stderr)
+    return code

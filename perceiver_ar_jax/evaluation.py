@@ -55,7 +55,7 @@ def evaluate(
         sums.append(step(params, *to_device((batch, arrays["weights"]))))
     if not sums:
         raise ValueError("there is no text to evaluate on")
-    nats, tokens = np.sum([[float(x) for x in pair] for pair in sums], axis=0)
+    nats, tokens = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
     return Evaluation(loss=nats / tokens, num_tokens=round(tokens), num_bytes=num_bytes)
 
 

@@ -33,12 +33,15 @@ class Pretrained:
     step: int  # steps trained; 0 for a converted model
 
 
-def load_pretrained(path: str | Path) -> Pretrained:
+def load_pretrained(path: str | Path, *, step: int | None = None) -> Pretrained:
     """Loads a checkpoint of ours, or one of perceiver-io, which is converted on the way.
+
+    Of a run that averages its weights these are the averaged ones.
 
     Args:
       path: a workdir or converted folder of ours (its newest intact step), a Hugging Face
         directory of perceiver-io, one of its .safetensors, .bin or .ckpt files, or a hub id.
+      step: of a workdir; None takes the newest intact one.
 
     Raises:
       ValueError: nothing usable is there; says what was looked for.
@@ -47,8 +50,10 @@ def load_pretrained(path: str | Path) -> Pretrained:
     folder = Path(path)
     description = _description(folder)
     if description is None:
+        if step is not None:
+            raise ValueError(f"{path} is no workdir, and has no steps")
         return _load_reference(path)
-    return _load_ours(folder, description)
+    return _load_ours(folder, description, step)
 
 
 def save_pretrained(
@@ -109,14 +114,14 @@ def _description(folder: Path) -> Mapping[str, Any] | None:
     return description if "model" in description else None
 
 
-def _load_ours(folder, description):
+def _load_ours(folder, description, step):
     from perceiver_ar_jax.training.checkpoint import Checkpointer
 
     config = PerceiverARConfig.from_dict(description["model"])
     model = PerceiverAR(config)
     abstract = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
     checkpointer = Checkpointer(folder / CHECKPOINTS_FOLDER)
-    params, step, skipped = checkpointer.restore_params(abstract)
+    params, step, skipped = checkpointer.restore_params(abstract, step=step)
     checkpointer.close()
     for line in skipped:
         warnings.warn(line, stacklevel=3)

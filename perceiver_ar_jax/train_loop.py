@@ -1,278 +1,326 @@
 """The training loop: the only place where model, data, training and evaluation meet."""
 
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
-import signal
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 from perceiver_ar_jax import data
-from perceiver_ar_jax.config import PerceiverARConfig
-from perceiver_ar_jax.data.tokenizer import load_tokenizer
+from perceiver_ar_jax._version import __version__
+from perceiver_ar_jax.data.loader import differing_entries
 from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.generation import generate
 from perceiver_ar_jax.model import PerceiverAR, init_params
-from perceiver_ar_jax.parallel import MeshConfig, make_mesh, state_shardings, to_global
-from perceiver_ar_jax.pretrained import CHECKPOINTS_FOLDER
+from perceiver_ar_jax.model.flops import training_flops
+from perceiver_ar_jax.parallel import (
+    batch_share,
+    check_agreement,
+    check_batch_size,
+    gather,
+    is_first,
+    join_processes,
+    make_mesh,
+    on_first,
+    state_shardings,
+    to_global,
+    use_mesh,
+)
+from perceiver_ar_jax.parallel.chips import chip_of
+from perceiver_ar_jax.preemption import Preemption
+from perceiver_ar_jax.pretrained import CHECKPOINTS_FOLDER, load_pretrained
+from perceiver_ar_jax.run_config import Settings
 from perceiver_ar_jax.training import (
     Batch,
-    OptimizerConfig,
     TrainState,
     learning_rate_schedule,
     make_optimizer,
     train_step,
 )
 from perceiver_ar_jax.training.checkpoint import Checkpointer
+from perceiver_ar_jax.training.goodput import Goodput
 from perceiver_ar_jax.training.report import NonFiniteError, Report
-from perceiver_ar_jax.workdir import claimed, describe
+from perceiver_ar_jax.workdir import check_same_model, claimed, describe, stored_frequencies
 
 DONE, NON_FINITE = 0, 3
-SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130}  # and the exit codes after them
-
-
-def default_config() -> ConfigDict:
-    """Every setting of a run, with its default; a config file changes some."""
-    config = ConfigDict()
-    config.seed = 0
-    config.steps = 50_000
-    config.batch_size = 64  # sequences a step, over all devices
-    config.log_every = 50
-    config.eval_every = 1000
-    config.checkpoint_every = 1000
-    config.keep_checkpoints = 2
-
-    model = PerceiverARConfig().to_dict()
-    config.model = ConfigDict({name: x for name, x in model.items() if x is not None})
-    config.model.max_heads_parallel = config_dict.placeholder(int)
-    config.optimizer = ConfigDict(dataclasses.asdict(OptimizerConfig()))
-    config.optimizer.total_steps = config.get_oneway_ref("steps")
-    config.mesh = ConfigDict(dataclasses.asdict(MeshConfig()))
-
-    config.data = ConfigDict()
-    config.data.source = ""  # a prepared TFDS directory, such as …/c4/en/3.0.1
-    config.data.text = ""  # or a file or glob of UTF-8 text or JSONL, in place of it
-    config.data.tokenizer = "bytes"  # or a SentencePiece .model file
-    config.data.train_split = "train"
-    config.data.eval_split = "validation"
-    config.data.min_seq_len = 512
-    config.data.num_workers = 1
-
-    config.sample = ConfigDict()
-    config.sample.prompt = "The"
-    config.sample.max_new_tokens = 64
-    config.sample.num_latents = 1
-    config.sample.temperature = 0.8
-    config.sample.top_k = 40
-    return config
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """A run's config, checked: what the parts below the loop are made from."""
-
-    model: PerceiverARConfig
-    optimizer: OptimizerConfig
-    mesh: MeshConfig
-    train_data: data.DataConfig
-    eval_data: data.DataConfig
-
-    @classmethod
-    def from_config(cls, config: ConfigDict) -> "Settings":
-        """Raises ValueError with all problems of all parts, before any device is touched."""
-        sections = config.to_dict()
-        problems = []
-
-        def make(factory, **fields):
-            try:
-                return factory(**fields)
-            except ValueError as error:
-                problems.append(str(error))
-
-        for name in ("steps", "batch_size", "log_every", "eval_every", "checkpoint_every"):
-            if sections[name] < 1:
-                problems.append(f"{name} must be at least 1, not {sections[name]}")
-        if sections["batch_size"] % jax.process_count():
-            problems.append(f"batch_size {config.batch_size} over {jax.process_count()} processes")
-        text, source = config.data.text, config.data.source
-        if bool(text) == bool(source):
-            problems.append("one of data.source and data.text must be given")
-        # Files have no splits of their own: the last 2 % are for evaluation.
-        train_split = "train[:98%]" if text else config.data.train_split
-        eval_split = "train[98%:]" if text else config.data.eval_split
-        shared = {
-            "source": text or source,
-            "min_seq_len": min(config.data.min_seq_len, config.model.max_seq_len),
-            "max_seq_len": config.model.max_seq_len,
-            "batch_size": max(1, config.batch_size // jax.process_count()),
-            "seed": config.seed,
-        }
-        settings = cls(
-            model=make(PerceiverARConfig, **sections["model"]),
-            optimizer=make(OptimizerConfig, **sections["optimizer"]),
-            mesh=make(MeshConfig, **sections["mesh"]),
-            train_data=make(
-                data.DataConfig, split=train_split, num_workers=config.data.num_workers, **shared
-            ),
-            eval_data=make(data.DataConfig, split=eval_split, **shared),
-        )
-        if problems:
-            raise ValueError("; ".join(problems))
-        return settings
 
 
 def run(config: ConfigDict, workdir: str | Path) -> int:
     """Trains until `config.steps`, from where the workdir stands; returns the exit code.
 
+    Every process of a run on several hosts calls it; the first one writes the files.
+
     Raises:
-      ValueError: the config, the data or the tokenizer is unusable.
+      ValueError: the config, the data or the tokenizer is unusable, or processes disagree.
       CheckpointError: the workdir has checkpoints, but none is intact.
+      SaveError: a checkpoint cannot be written.
     """
     settings = Settings.from_config(config)
-    tokenizer = load_tokenizer(config.data.tokenizer, vocab_size=settings.model.vocab_size)
-    with claimed(Path(workdir)):
-        return _train(config, settings, tokenizer, Path(workdir))
-
-
-def _train(config: ConfigDict, settings: Settings, tokenizer: Any, workdir: Path) -> int:
-    # 1. The folder says what run this is.
-    run_config = json.loads(config.to_json_best_effort())
-    for line in describe(workdir, settings.model, tokenizer, run_config):
-        print(f"changed since the last start: {line}", flush=True)
-
-    # 2. Data.
-    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    loader = data.make_loader(settings.train_data, tokenizer, **processes)
-    eval_batches = data.evaluation_batches(
-        settings.eval_data, tokenizer, num_latents=settings.model.max_latents, **processes
-    )
-
-    # 3. The state, born sharded.
-    model = PerceiverAR(settings.model)
+    tokenizer = data.load_tokenizer(config.data.tokenizer, vocab_size=settings.model.vocab_size)
+    join_processes()
+    if config.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     mesh = make_mesh(settings.mesh)
-    tx = make_optimizer(settings.optimizer)
+    check_batch_size(config.batch_size, mesh, config.microbatches)
+    workdir = Path(workdir)
+    with contextlib.ExitStack() as stack:
+        on_first(lambda: stack.enter_context(claimed(workdir)))
+        stack.enter_context(use_mesh(mesh))
+        return _Run(config, settings, tokenizer, mesh, workdir).train()
 
-    def create_state():
-        return TrainState.create(params=init_params(model, jax.random.key(config.seed)), tx=tx)
 
-    shardings = state_shardings(jax.eval_shape(create_state), mesh)
+class _Run:
+    """What changes while a run goes on: its state, step and checkpoints."""
 
-    # 4. Where the run stands: the newest intact checkpoint, or its beginning.
-    checkpointer = Checkpointer(workdir / CHECKPOINTS_FOLDER, keep_last=config.keep_checkpoints)
-    if checkpointer.steps():
-        state, data_state, skipped = checkpointer.restore(_abstract(create_state, shardings))
-        loader.set_state(data_state)
-        for line in skipped:
-            print(f"skipped: {line}", file=sys.stderr)
-        print(f"resumed from step {int(state.step)}", flush=True)
-    else:
-        state = jax.jit(create_state, out_shardings=shardings)()
-    step = saved = int(state.step)
+    def __init__(self, config, settings, tokenizer, mesh, workdir):
+        self.config, self.tokenizer, self.mesh = config, tokenizer, mesh
 
-    # 5. Steps, and what happens between them.
-    step_fn = jax.jit(
-        functools.partial(
-            train_step,
-            model=model,
-            prefix_len=settings.model.max_prefix_len,
-            key=jax.random.key(config.seed),
-        ),
-        donate_argnums=0,
-        out_shardings=(shardings, None),  # as it came in, whatever the compiler would prefer
-    )
-    to_device = functools.partial(to_global, mesh=mesh)
-    report = Report(
-        workdir,
-        step=step,
-        total_steps=config.steps,
-        log_every=config.log_every,
-        learning_rate=learning_rate_schedule(settings.optimizer),
-    )
-    preemption = _Preemption()
-    in_flight = None  # what `report` reads once the next step is under way
+        # 1. The weights to begin with, and the folder, say what model this is.
+        initial_params = None
+        frequencies = on_first(lambda: stored_frequencies(workdir))
+        if config.init_from:
+            initial = load_pretrained(config.init_from)
+            check_same_model(config.init_from, initial.config, settings.model)
+            frequencies = frequencies or initial.config.rotary_inv_freq
+            initial_params = initial.params
+        model_config = settings.model
+        if frequencies and model_config.rotary_inv_freq is None:
+            model_config = model_config.replace(rotary_inv_freq=frequencies)
+        self.model = PerceiverAR(model_config)
+        run_config = json.loads(config.to_json_best_effort())
+        changed = on_first(lambda: describe(workdir, model_config, tokenizer, run_config))
+        for line in changed:
+            _say(f"changed since the last start: {line}")
 
-    def evaluate_and_sample():
-        evaluation = evaluate(
-            state.params,
-            eval_batches,
-            model=model,
-            prefix_len=settings.model.max_prefix_len,
-            num_bytes=eval_batches.num_bytes,
-            to_device=to_device,
+        # 2. Data: each process reads its share of the rows.
+        index, count = batch_share(mesh)
+        share = {"process_index": index, "process_count": count}
+        of_process = functools.partial(dataclasses.replace, batch_size=config.batch_size // count)
+        self.loader = data.make_loader(of_process(settings.train_data), tokenizer, **share)
+        self.eval_batches = data.evaluation_batches(
+            of_process(settings.eval_data), tokenizer, num_latents=model_config.max_latents, **share
         )
-        report.evaluation(step, evaluation.loss, evaluation.bits_per_byte)
-        report.sample(step, _sample(config.sample, model, state.params, tokenizer))
 
-    try:
-        if step == 0:
-            evaluate_and_sample()
-        while step < config.steps and not preemption.exit_code:
-            arrays = report.timed_wait(lambda: next(loader))
-            batch = Batch(arrays["tokens"], arrays["targets"], arrays["pad_mask"])
-            state, metrics = step_fn(state, to_device(batch))
-            if in_flight:
-                report.read(*in_flight)
-            step += 1
-            read_tokens = int((~arrays["pad_mask"]).sum()) * jax.process_count()
-            in_flight = step, metrics, read_tokens
+        # 3. The state, born sharded.
+        tx = make_optimizer(settings.optimizer)
+        create = functools.partial(TrainState.create, tx=tx, ema_decay=config.ema_decay)
+        fresh = lambda: create(params=init_params(self.model, jax.random.key(config.seed)))
+        abstract = jax.eval_shape(fresh)
+        self.shardings = state_shardings(abstract, mesh)
 
-            last = step == config.steps
-            saves = last or step % config.checkpoint_every == 0
-            evaluates = last or step % config.eval_every == 0
-            if saves or evaluates:
-                report.read(*in_flight)  # a state that is not finite is never saved
-                in_flight = None
-            if saves:
-                checkpointer.save(state, loader.get_state())
-                saved = step
-            if evaluates and not preemption.exit_code:
-                evaluate_and_sample()
-        if saved < step:  # preempted, at whatever point of the step
-            if in_flight:
-                report.read(*in_flight)
-            checkpointer.save(state, loader.get_state())
-        checkpointer.close()
-    except NonFiniteError as error:
-        steps = checkpointer.steps()
-        good = f"the last good checkpoint is step {steps[-1]}" if steps else "none was saved yet"
-        print(f"train.py: {error}; {good}", file=sys.stderr)
-        return NON_FINITE
-    finally:
-        report.close()
-        loader.close()
-        preemption.close()
-    return preemption.exit_code or DONE
+        # 4. Where the run stands: its newest intact checkpoint, another run's, or the beginning.
+        self.checkpointer = Checkpointer(
+            workdir / CHECKPOINTS_FOLDER,
+            keep_last=config.keep_checkpoints,
+            keep_every=config.keep_every,
+            keep_best=config.keep_best,
+        )
+        productive, self.saved = 0.0, 0
+        if self.checkpointer.steps():
+            productive = self._restore(self.checkpointer, abstract)
+            self.saved = int(self.state.step)
+            self.checkpointer.put_aside_after(self.saved)
+        elif config.resume_from:
+            self._restore(Checkpointer(Path(config.resume_from) / CHECKPOINTS_FOLDER), abstract)
+        elif initial_params is not None:
+            placed = _placed(initial_params, self.shardings.params)
+            self.state = jax.jit(
+                lambda params: create(params=params), out_shardings=self.shardings
+            )(placed)
+        else:
+            self.state = jax.jit(fresh, out_shardings=self.shardings)()
+        self.step = int(self.state.step)
+
+        # 5. Every process is to run the same.
+        check_agreement(
+            {
+                "version": __version__,
+                "config": _sha256(run_config),
+                "tokenizer": tokenizer.sha256,
+                "step to go on from": self.step,
+                "data": _sha256(self.loader.fingerprint),
+            }
+        )
+
+        # 6. What a step is, and who tells of it.
+        self.to_device = functools.partial(to_global, mesh=mesh)
+        self.compiled_step = None  # compiled for the first batch
+        chip = chip_of(jax.devices()[0].device_kind)
+        flops = training_flops(model_config, model_config.max_prefix_len, model_config.max_latents)
+        self.report = Report(
+            workdir,
+            step=self.step,
+            total_steps=config.steps,
+            log_every=config.log_every,
+            learning_rate=learning_rate_schedule(settings.optimizer),
+            goodput=Goodput(
+                workdir / "goodput.json" if is_first() else None,
+                step=self.step,
+                productive=productive,
+            ),
+            flops_per_step=config.batch_size * flops / mesh.size,
+            peak_flops=chip and chip.peak_flops,
+            is_silent=not is_first(),
+        )
+        self.in_flight = None  # what `report` reads once the next step is under way
+        self.profile_dir = workdir / "profile"
+
+    def train(self) -> int:
+        """Steps, and what happens between them; returns the exit code."""
+        config = self.config
+        preemption = Preemption()
+        try:
+            if self.step == 0:
+                self._evaluate()
+            while self.step < config.steps and not preemption.reached(self.step):
+                self._take_step()
+                last = self.step == config.steps
+                eval_loss = math.inf
+                if (last or self.step % config.eval_every == 0) and not preemption.is_noted:
+                    eval_loss = self._evaluate()
+                if last or self.step % config.checkpoint_every == 0:
+                    self._save(eval_loss)
+            if self.saved < self.step:  # preempted
+                self._save()
+            self.checkpointer.close()
+        except NonFiniteError as error:
+            steps = self.checkpointer.steps()
+            good = (
+                f"the last good checkpoint is step {steps[-1]}" if steps else "none was saved yet"
+            )
+            print(f"train.py: {error}; {good}", file=sys.stderr)
+            return NON_FINITE
+        finally:
+            self.report.close()
+            self.loader.close()
+            preemption.close()
+        return preemption.exit_code or DONE
+
+    def _take_step(self) -> None:
+        profile = self.config.profile
+        if profile.num_steps and self.step == profile.first_step:
+            jax.profiler.start_trace(str(self.profile_dir))
+        arrays = self.report.timed_wait(lambda: next(self.loader))
+        batch = self.to_device(
+            Batch(
+                arrays["tokens"],
+                arrays["targets"],
+                arrays["pad_mask"],
+                arrays.get("segment_ids"),
+            )
+        )
+        if self.compiled_step is None:
+            self.compiled_step = self._compile(batch)
+        self.state, metrics = self.compiled_step(self.state, batch)
+        self._read_metrics()
+        self.step += 1
+        read_tokens = int((~arrays["pad_mask"]).sum()) * batch_share(self.mesh)[1]
+        self.in_flight = self.step, metrics, read_tokens
+        if profile.num_steps and self.step == profile.first_step + profile.num_steps:
+            self._read_metrics()
+            jax.profiler.stop_trace()
+
+    def _compile(self, batch):
+        step = functools.partial(
+            train_step,
+            model=self.model,
+            prefix_len=self.model.config.max_prefix_len,
+            key=jax.random.key(self.config.seed),
+            microbatches=self.config.microbatches,
+        )
+        # The state leaves as it came in, whatever the compiler would prefer.
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
+        compiled = jitted.lower(self.state, batch).compile()
+        if memory := compiled.memory_analysis():
+            self.report.print(
+                f"a step on each device: {memory.argument_size_in_bytes / 2**30:.2f} GiB of state "
+                f"and batch, {memory.temp_size_in_bytes / 2**30:.2f} GiB beside them"
+            )
+        return compiled
+
+    def _read_metrics(self) -> None:
+        if self.in_flight:
+            self.report.read(*self.in_flight)
+            self.in_flight = None
+
+    def _evaluate(self) -> float:
+        self._read_metrics()
+        params = self.state.inference_params
+        evaluation = evaluate(
+            params,
+            self.eval_batches,
+            model=self.model,
+            prefix_len=self.model.config.max_prefix_len,
+            num_bytes=self.eval_batches.num_bytes,
+            to_device=self.to_device,
+        )
+        self.report.evaluation(self.step, evaluation.loss, evaluation.bits_per_byte)
+        text = _sample(self.config.sample, self.model, params, self.tokenizer)
+        self.report.sample(self.step, text)
+        return evaluation.loss
+
+    def _save(self, eval_loss: float = math.inf) -> None:
+        self._read_metrics()  # a state that is not finite is never saved
+        run_state = {
+            "loader": data.merge_states(_distinct(gather(self.loader.get_state()))),
+            "productive_seconds": self.report.goodput.productive,
+        }
+        self.checkpointer.save(self.state, run_state, eval_loss=eval_loss)
+        self.saved = self.step
+
+    def _restore(self, checkpointer: Checkpointer, abstract: TrainState) -> float:
+        """Takes over state and place in the data; returns the seconds that they took."""
+        like = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            abstract,
+            self.shardings,
+        )
+        self.state, run_state, skipped = checkpointer.restore(like)
+        for line in skipped:
+            _say(f"skipped: {line}", file=sys.stderr)
+        self._place_loader(run_state["loader"])
+        _say(f"resumed from step {int(self.state.step)} in {checkpointer.directory}")
+        return run_state["productive_seconds"]
+
+    def _place_loader(self, state: dict[str, Any]) -> None:
+        if self.config.data.allow_change:
+            for line in differing_entries(state["fingerprint"], self.loader.fingerprint):
+                _say(f"the data changed, as allowed: {line}")
+            if len(state["positions"]) != self.config.batch_size:
+                _say("the data begins anew: the batch has another size")
+                return
+        self.loader.set_state(state, allow_other_data=self.config.data.allow_change)
 
 
-def _abstract(create_state, shardings):
-    """Shapes and layouts of a state that is not made."""
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(create_state),
-        shardings,
-    )
+def _placed(params, shardings):
+    """Parameters that each process holds whole, spread over the mesh."""
+
+    def spread(x, sharding):
+        return jax.make_array_from_callback(x.shape, sharding, lambda at: np.asarray(x[at]))
+
+    return jax.tree.map(spread, params, shardings)
 
 
-class _Preemption:
-    """Notes SIGTERM or Ctrl-C, so that the run can save and leave; a second one ends it at once."""
+def _distinct(states):
+    """Processes that feed the same rows have the same state."""
+    return list({state["first_row"]: state for state in states}.values())
 
-    def __init__(self):
-        self.exit_code = None
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
 
-    def close(self):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
-    def _note(self, number, _):
-        self.exit_code = SIGNALS[number]
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+
+def _say(text: str, file=None) -> None:
+    if is_first():
+        print(text, file=file or sys.stdout, flush=True)
 
 
 def _sample(settings, model, params, tokenizer):

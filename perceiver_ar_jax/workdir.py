@@ -17,7 +17,23 @@ from perceiver_ar_jax.data.loader import differing_entries
 from perceiver_ar_jax.pretrained import CONFIG_FILE, TOKENIZER_FOLDER, write_description
 
 # What may change from one start of a run to the next: how to compute, not what.
-HOW_TO_COMPUTE = ("dtype", "remat", "scan_layers", "attention", "max_heads_parallel")
+HOW_TO_COMPUTE = (
+    "dtype",
+    "gradient_dtype",
+    "remat",
+    "scan_layers",
+    "attention",
+    "max_heads_parallel",
+)
+# And what may differ from the run that weights come from: how to train.
+HOW_TO_TRAIN = (
+    "cross_attention_dropout",
+    "post_attention_dropout",
+    "residual_dropout",
+    "init_scale",
+    "param_dtype",
+    "rotary_inv_freq",  # taken over
+)
 
 
 @contextlib.contextmanager
@@ -36,6 +52,23 @@ def claimed(workdir: Path) -> Iterator[None]:
         yield
 
 
+def stored_frequencies(workdir: Path) -> list[float] | None:
+    """The rotary frequencies that a run took over with its first weights, if it did."""
+    if not (workdir / CONFIG_FILE).is_file():
+        return None
+    return _stored(workdir)["model"].get("rotary_inv_freq")
+
+
+def check_same_model(source: str, theirs: PerceiverARConfig, ours: PerceiverARConfig) -> None:
+    """Raises ValueError if a run of config `ours` cannot begin with the weights of `source`."""
+    free = HOW_TO_COMPUTE + HOW_TO_TRAIN
+    if not ours.abs_pos_emb:  # without a table of positions, the window is free
+        free += ("max_seq_len", "max_latents")
+    different = differing_entries(_without(theirs, free), _without(ours, free))
+    if different:
+        raise ValueError(f"{source} is another model: {'; '.join(different)}")
+
+
 def describe(
     workdir: Path, model: PerceiverARConfig, tokenizer: Any, run: Mapping[str, Any]
 ) -> list[str]:
@@ -49,8 +82,8 @@ def describe(
     """
     changed = []
     if (workdir / CONFIG_FILE).is_file():
-        old = json.loads((workdir / CONFIG_FILE).read_text())
-        fields = {name: x for name, x in model.to_dict().items() if name not in HOW_TO_COMPUTE}
+        old = _stored(workdir)
+        fields = _without(model, HOW_TO_COMPUTE)
         different = differing_entries({name: old["model"].get(name) for name in fields}, fields)
         if old["tokenizer_sha256"] != tokenizer.sha256:
             different.append("the tokenizer's sha256")
@@ -71,6 +104,17 @@ def describe(
     }
     (workdir / "env.json").write_text(json.dumps(environment, indent=2) + "\n")
     return changed
+
+
+def _without(config: PerceiverARConfig, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: x for name, x in config.to_dict().items() if name not in names}
+
+
+def _stored(workdir: Path) -> dict[str, Any]:
+    try:
+        return json.loads((workdir / CONFIG_FILE).read_text())
+    except ValueError as error:
+        raise ValueError(f"{workdir / CONFIG_FILE} is no JSON: {error}") from None
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -7,7 +7,7 @@ import jax
 from sharded_training import BATCH_SIZE, mesh_of, train
 
 from perceiver_ar_jax.parallel import batch_share, join_processes
-from perceiver_ar_jax.training.checkpoint import checksums
+from perceiver_ar_jax.training.checksums import checksums
 
 
 def main(axes: dict[str, int]) -> None:

@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the top of the house to the ground; a part imports parts of lower floors only, or itself.
 FLOORS = (
     {"train_loop"},
-    {"command_line", "workdir"},
+    {"command_line", "preemption", "run_config", "workdir"},
     {"evaluation", "pretrained"},
     {"generation", "data", "training", "conversion"},
     {"model"},
@@ -27,7 +27,7 @@ LIBRARIES = {  # third parties with one home each
     "sentencepiece": {"data"},
     "array_record": {"data"},
     "orbax": {"training/checkpoint.py"},
-    "ml_collections": {"train_loop.py"},
+    "ml_collections": {"run_config.py", "train_loop.py"},
 }
 SCRIPTS_ONLY = {"ml_collections": {"train.py"}}
 LAZY = ("torch", "tensorflow", "tensorflow_datasets", "transformers", "huggingface_hub")

@@ -13,7 +13,7 @@ from sharded_training import mesh_of, train
 
 from perceiver_ar_jax.parallel import join_processes
 from perceiver_ar_jax.parallel.processes import BY_HAND
-from perceiver_ar_jax.training.checkpoint import checksums
+from perceiver_ar_jax.training.checksums import checksums
 
 TESTS = Path(__file__).parent
 

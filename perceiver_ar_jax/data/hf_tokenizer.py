@@ -1,5 +1,6 @@
 """Any tokenizer that Hugging Face saved as `tokenizer.json`; needs the [hub] extra."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -49,7 +50,7 @@ class HFTokenizer:
         except Exception as error:  # the package raises nothing more specific
             raise ValueError(f"{path} is no tokenizer of Hugging Face's: {error}") from None
         self.vocab_size = 1 + max(vocabulary.values(), default=-1)
-        added = {token["content"]: token["id"] for token in description.get("added_tokens", ())}
+        added = {token["content"]: token["id"] for token in description.get("added_tokens") or ()}
         self.eos_id = _token_id(named.get("eos_token"), vocabulary, EOS_TOKENS, added)
         if self.eos_id is None:
             raise ValueError(f"{path} names no token to end documents with")
@@ -64,13 +65,19 @@ class HFTokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text alone, no special ones added."""
-        return self._tokenizer.encode(_valid_unicode(text), add_special_tokens=False).ids
+        """Ids of the text alone, no special ones added.
+
+        Raises:
+          ValueError: a character has no token, and the tokenizer none for unknown ones.
+        """
+        with _clear_errors():
+            return self._tokenizer.encode(_valid_unicode(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """The ids of each text."""
         texts = [_valid_unicode(text) for text in texts]
-        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        with _clear_errors():
+            encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -103,13 +110,21 @@ class HFTokenizer:
         return {k: v for k, v in self.__dict__.items() if k != "_tokenizer"}
 
 
+@contextlib.contextmanager
+def _clear_errors():
+    try:
+        yield
+    except Exception as error:  # the package raises nothing more specific
+        raise ValueError(f"the tokenizer cannot encode a text: {error}") from None
+
+
 _BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 
 
 def _parse_json(path: Path, data: bytes) -> dict:
     try:
         parsed = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         parsed = None
     if not isinstance(parsed, dict):
         raise ValueError(f"{path} ({len(data)} bytes) is no JSON object, it begins {data[:16]!r}")
@@ -120,6 +135,6 @@ def _token_id(named, vocabulary: dict, usual: tuple, added: dict) -> int | None:
     """The id of the token named beside the file, else of the first usual one among the added."""
     if isinstance(named, dict):  # an AddedToken
         named = named.get("content")
-    if named in vocabulary:
+    if isinstance(named, str) and named in vocabulary:
         return vocabulary[named]
     return next((added[token] for token in usual if token in added), None)

@@ -196,9 +196,10 @@ def differing_entries(old: dict, new: dict) -> list[str]:
 
 
 def _start_worker(worker_index: int, worker_count: int) -> None:
-    """A worker leaves Ctrl-C to the run, and ends with it, also when that is killed."""
+    """A worker leaves signals to the run, and ends with it, also when that is killed."""
     del worker_index, worker_count
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):  # both reach a whole process group
+        signal.signal(number, signal.SIG_IGN)
 
     def wait():
         multiprocessing.parent_process().join()

@@ -32,6 +32,8 @@ class ArrayRecordFile:
             self._num_records = self._reader.num_records()
         except (RuntimeError, ValueError) as error:
             raise ValueError(_damaged(path, "ArrayRecord", error)) from error
+        if not self._num_records:  # what the reader finds where the end of the file is missing
+            raise ValueError(_damaged(path, "ArrayRecord", "no records, truncated or empty"))
 
     def __len__(self) -> int:
         return self._num_records
@@ -163,9 +165,9 @@ def _record_ends(path: str, size: int):
     with epath.Path(path).open("rb") as file:
         while position < size:
             length = int.from_bytes(file.read(12)[:8], "little")
-            file.seek(length + 4, os.SEEK_CUR)
             if position + 16 + length > size:
                 raise ValueError(_damaged(path, "TFRecord", f"cut off after byte {position}"))
+            file.seek(length + 4, os.SEEK_CUR)
             position += 16 + length
             yield position
 

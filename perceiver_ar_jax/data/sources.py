@@ -58,7 +58,11 @@ class TextSource:
         number = bisect.bisect_right(self._ends, index)
         shard = self._shards[number]
         record = shard.first + index - (self._ends[number] - shard.count)
-        return self._parse(self._file(number).read(record), record + 1 == shard.num_records)
+        data = self._file(number).read(record)
+        try:
+            return self._parse(data, record + 1 == shard.num_records)
+        except ValueError as error:
+            raise ValueError(f"{shard.path}, record {record}: {error}") from error
 
     def _file(self, number: int):
         if number not in self._files:
@@ -148,7 +152,7 @@ def _open_files(paths: list[str], split: str, open_file, parse) -> TextSource:
 
 def _slice_of(split: str, length: int) -> tuple[int, int]:
     """Start and stop of `name`, `name[10:]`, `name[:95%]` (rounded down) among `length`."""
-    match = re.fullmatch(r"\w*(?:\[(-?\d*)(%?):(-?\d*)(%?)\])?", split)
+    match = re.fullmatch(r"\w*(?:\[(-?\d+|)(%?):(-?\d+|)(%?)\])?", split)
     if not match:
         raise ValueError(f"cannot read the split {split!r}: use a form like train[:95%]")
     start, start_percent, stop, stop_percent = match.groups()
@@ -167,7 +171,7 @@ def _parse_jsonl(line: bytes, is_last: bool) -> Text:
     whole = _decoded(line)
     try:
         text = json.loads(whole.text)["text"]
-    except (json.JSONDecodeError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         text = None
     if not isinstance(text, str):
         return Text("", is_malformed=True)

@@ -61,29 +61,42 @@ def convert(
     if set(splits) - set(known):
         raise ValueError(f"{source} has no split {set(splits) - set(known)}: it has {set(known)}")
     target.mkdir(parents=True, exist_ok=True)
-    names = [
-        f"{info['name']}-{split}.{{}}-{i:05}-of-{len(known[split]['shardLengths']):05}"
+    num_records = {
+        f"{info['name']}-{split}.{{}}-{i:05}-of-{len(known[split]['shardLengths']):05}": int(count)
         for split in splits
-        for i in range(len(known[split]["shardLengths"]))
-    ]
-    todo = [name for name in names if not (target / name.format(new)).is_file()]
+        for i, count in enumerate(known[split]["shardLengths"])
+    }
+    todo = [name for name in num_records if not (target / name.format(new)).is_file()]
     work = functools.partial(_convert_shard, read, write)
-    sources = [str(source / name.format(old)) for name in todo]
-    targets = [str(target / name.format(new)) for name in todo]
+    arguments = (
+        [str(source / name.format(old)) for name in todo],
+        [str(target / name.format(new)) for name in todo],
+        [num_records[name] for name in todo],
+    )
     if num_processes == 1:
-        list(map(work, sources, targets))
+        list(map(work, *arguments))
     else:
         with futures.ProcessPoolExecutor(num_processes, get_context("spawn")) as pool:
-            list(pool.map(work, sources, targets))
+            list(pool.map(work, *arguments))
     info |= {"fileFormat": new, "splits": [known[split] for split in splits]}
     (target / "features.json").write_bytes((source / "features.json").read_bytes())
     (target / "dataset_info.json").write_text(json.dumps(info, indent=2))
     return [name.format(new) for name in todo]
 
 
-def _convert_shard(read, write, source: str, target: str) -> None:
-    write(f"{target}.incomplete", read(source))
+def _convert_shard(read, write, source: str, target: str, num_records: int) -> None:
+    write(f"{target}.incomplete", _whole(source, read(source), num_records))
     os.replace(f"{target}.incomplete", target)
+
+
+def _whole(path: str, records: Iterable[bytes], expected: int) -> Iterable[bytes]:
+    """The records; a file that was cut off between two of them is noticed at its end."""
+    count = 0
+    for record in records:
+        yield record
+        count += 1
+    if count != expected:
+        raise ValueError(f"{path} has {count} records, {expected} were expected")
 
 
 def _array_records(path: str) -> Iterable[bytes]:

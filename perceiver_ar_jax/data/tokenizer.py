@@ -210,7 +210,13 @@ def _load(source: str | Path, exact: bool):
 
 
 def _names_byte_tokenizer(path: Path) -> bool:
-    return path.is_file() and json.loads(path.read_text()).get("tokenizer_class") == BYTES_CLASS
+    if not path.is_file():
+        return False
+    try:
+        description = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(description, dict) and description.get("tokenizer_class") == BYTES_CLASS
 
 
 def _read_model(path: Path) -> bytes:

@@ -5,7 +5,13 @@ from perceiver_ar_jax.parallel.mesh import (
     make_mesh,
     use_mesh,
 )
-from perceiver_ar_jax.parallel.processes import join_processes
+from perceiver_ar_jax.parallel.processes import (
+    check_agreement,
+    gather,
+    is_first,
+    join_processes,
+    on_first,
+)
 from perceiver_ar_jax.parallel.sharding import (
     batch_sharding,
     constrain,
@@ -22,11 +28,15 @@ __all__ = [
     "MeshConfig",
     "batch_sharding",
     "batch_share",
+    "check_agreement",
     "check_batch_size",
     "constrain",
+    "gather",
     "has_context",
+    "is_first",
     "join_processes",
     "make_mesh",
+    "on_first",
     "on_own_keys",
     "on_own_rows",
     "over_devices",

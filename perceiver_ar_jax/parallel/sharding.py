@@ -31,6 +31,7 @@ PARAMETER_RULES = (
     (r"mlp/up/kernel$", ("embed", "mlp")),
     (r"mlp/down/kernel$", ("mlp", "embed")),
     (r"output_bias$", ("vocab",)),
+    (r"recent_W2$", (None, None)),
     (r"(norm/scale|norm/bias|o_proj/bias)$", (None,)),
 )
 

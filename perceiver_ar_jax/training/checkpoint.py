@@ -1,19 +1,25 @@
 """Checkpoints of a run: parameters, optimizer, step and data iterator, written by Orbax.
 
-A step's directory holds the items `params` (alone, so that inference never reads the rest),
-`train` (step and optimizer state), `data` (the iterator's state) and `checksums`. Orbax makes a
-step's directory appear whole or not at all, but restores flipped bits without a word; so every
-leaf's CRC-32 is stored and compared.
+A step's directory holds the items `params` (alone, so that inference never reads the rest), `ema`
+if the run averages its weights, `train` (step and optimizer state), `data` (the iterator's state)
+and `contents`: shape and checksum of every leaf. Orbax makes a step's directory appear whole or
+not at all, but restores flipped bits without a word; so what is restored is compared.
 """
 
+import json
+import math
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers
 
+from perceiver_ar_jax.parallel import on_first
+from perceiver_ar_jax.training.checksums import checksums
 from perceiver_ar_jax.training.state import TrainState
 
 
@@ -21,46 +27,76 @@ class CheckpointError(Exception):
     """No checkpoint that can be trusted; the message says where and why."""
 
 
-class Checkpointer:
-    """Saves and restores the steps below one directory; saves run in the background."""
+class SaveError(OSError):
+    """A checkpoint could not be written; those before it stand."""
 
-    def __init__(self, directory: str | Path, *, keep_last: int = 2):
-        self.directory = Path(directory).absolute()
+
+class OtherContentsError(ValueError):
+    """An intact checkpoint of another model or optimizer."""
+
+
+class Checkpointer:
+    """Saves and restores the steps below one directory; saves run in the background.
+
+    Args:
+      directory: made if it is not there; local or, where the process has access, gs://.
+      keep_last: how many of the newest steps stay.
+      keep_every: steps that this divides stay, too; 0: none.
+      keep_best: whether the step of the lowest evaluation loss stays, too.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        keep_last: int = 2,
+        keep_every: int = 0,
+        keep_best: bool = False,
+    ):
+        self.directory = epath.Path(directory).resolve()
         self.directory.mkdir(parents=True, exist_ok=True)
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep_last, create=False)
+        kept = [checkpoint_managers.LatestN(keep_last)]
+        if keep_every:
+            kept.append(checkpoint_managers.EveryNSteps(keep_every))
+        if keep_best:
+            kept.append(checkpoint_managers.BestN(get_metric_fn=_eval_loss, reverse=True, n=1))
         # Compression would halve the speed, hold copies of the model in memory, and save 8 %.
         arrays = ocp.PyTreeCheckpointHandler(use_compression=False)
-        json = ocp.JsonCheckpointHandler()
-        handlers = {"params": arrays, "train": arrays, "data": json, "checksums": json}
+        text = ocp.JsonCheckpointHandler()
         self._manager = ocp.CheckpointManager(
-            self.directory, options=options, item_handlers=handlers
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(kept),
+                best_fn=_eval_loss,
+                best_mode="min",
+                create=False,
+            ),
+            item_handlers={
+                "params": arrays,
+                "ema": arrays,
+                "train": arrays,
+                "data": text,
+                "contents": text,
+            },
         )
 
-    def save(self, state: TrainState, data_state: dict[str, Any]) -> None:
-        """Starts to save; an error of the save before it is raised here."""
-        self._manager.check_for_errors()
-        train = {"step": state.step, "opt_state": state.opt_state}
-        self._manager.save(
-            int(state.step),
-            args=ocp.args.Composite(
-                params=ocp.args.PyTreeSave(state.params),
-                train=ocp.args.PyTreeSave(train),
-                data=ocp.args.JsonSave(data_state),
-                checksums=ocp.args.JsonSave(
-                    {"params": checksums(state.params), "train": checksums(train)}
-                ),
-            ),
-        )
+    def save(
+        self, state: TrainState, data_state: dict[str, Any], *, eval_loss: float = math.inf
+    ) -> None:
+        """Starts to save.
+
+        Raises:
+          SaveError: this save, or the one before it, failed.
+        """
+        self._save(int(state.step), _arrays_of(state), data_state, eval_loss)
 
     def save_params(self, params: Any) -> None:
-        """Saves parameters alone, as step 0: what a converted checkpoint has."""
-        self._manager.save(
-            0,
-            args=ocp.args.Composite(
-                params=ocp.args.PyTreeSave(params),
-                checksums=ocp.args.JsonSave({"params": checksums(params)}),
-            ),
-        )
+        """Saves parameters alone, as step 0: what a converted checkpoint has.
+
+        Raises:
+          SaveError: it failed.
+        """
+        self._save(0, {"params": params}, {}, math.inf)
 
     def steps(self) -> list[int]:
         """Steps that are there, oldest first."""
@@ -69,64 +105,139 @@ class Checkpointer:
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any], list[str]]:
         """The newest intact step, as `like` is shaped and sharded.
 
-        Newer steps that are damaged are put aside as `<step>.damaged`, so that the run can save
-        those steps again.
+        Returns:
+          The state, the data iterator's state, and a line for each newer step that is damaged.
+
+        Raises:
+          CheckpointError: no step is intact.
+          OtherContentsError: the newest intact step is of another model or optimizer.
+        """
+
+        def read(step, contents):
+            items = _arrays_of(like)
+            if "ema" not in contents:  # averaging begins now
+                items.pop("ema", None)
+            restored = self._restore_arrays(step, contents, items)
+            data = self._restore_text(step, "data")
+            if _crc(data) != contents["data"]:
+                raise CheckpointError("checksum mismatch in data")
+            return restored, data
+
+        _, (restored, data), skipped = self._newest_intact(read)
+        state = like.replace(params=restored["params"], **restored["train"])
+        if like.ema_params is not None:
+            state = state.replace(ema_params=restored.get("ema", restored["params"]))
+        return state, data, skipped
+
+    def restore_params(self, like: Any, *, step: int | None = None) -> tuple[Any, int, list[str]]:
+        """Parameters for inference: the averaged ones, if the run averages them.
+
+        Args:
+          like: parameters, or their shapes.
+          step: None takes the newest intact step.
 
         Returns:
-          The state, the data iterator's state, and a line for each newer step that was skipped.
+          The parameters, their step, and a line for each newer step that is damaged.
 
         Raises:
-          CheckpointError: if no step is intact.
+          CheckpointError: no step is intact, or not this one.
+          OtherContentsError: it is of another model.
         """
-        train = {"step": like.step, "opt_state": like.opt_state}
-        step, restored, skipped = self._newest_intact({"params": like.params, "train": train})
-        for damaged in (newer for newer in self.steps() if newer > step):
-            (self.directory / str(damaged)).rename(self.directory / f"{damaged}.damaged")
+
+        def read(step, contents):
+            name = "ema" if "ema" in contents else "params"
+            return self._restore_arrays(step, contents, {name: like})[name]
+
+        found, params, skipped = self._newest_intact(read, step)
+        return params, found, skipped
+
+    def put_aside_after(self, step: int) -> None:
+        """Renames newer steps to `<step>.damaged`, so that a run can save those steps again."""
+
+        def rename():
+            for newer in (newer for newer in self.steps() if newer > step):
+                folder = self.directory / str(newer)
+                folder.rename(self.directory / f"{newer}.damaged")
+
+        on_first(rename)
         self._manager.reload()
-        data = self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))
-        state = like.replace(params=restored["params"], **restored["train"])
-        return state, data["data"], skipped
-
-    def restore_params(self, like: Any) -> tuple[Any, int, list[str]]:
-        """Parameters of the newest intact step, that step, and a line for each one skipped.
-
-        Raises:
-          CheckpointError: if no step is intact.
-        """
-        step, restored, skipped = self._newest_intact({"params": like})
-        return restored["params"], step, skipped
 
     def wait(self) -> None:
-        """Returns when what was saved is on disk; raises what went wrong."""
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
+        """Returns when what was saved is on disk.
+
+        Raises:
+          SaveError: it is not.
+        """
+        self._or_save_error(self._manager.wait_until_finished)
+        self._or_save_error(self._manager.check_for_errors)
 
     def close(self) -> None:
         """Waits, then lets go of threads."""
         self.wait()
         self._manager.close()
 
-    def _newest_intact(self, like):
+    def _save(self, step, arrays, data, eval_loss):
+        self._or_save_error(self._manager.check_for_errors)
+        contents = {name: _contents(item) for name, item in arrays.items()}
+        contents["data"] = _crc(data)
+        items = {name: ocp.args.PyTreeSave(item) for name, item in arrays.items()}
+        items["data"] = ocp.args.JsonSave(data)
+        items["contents"] = ocp.args.JsonSave({**contents, "crc": _crc(contents)})
+        self._or_save_error(
+            self._manager.save,
+            step,
+            args=ocp.args.Composite(**items),
+            metrics={"eval/loss": eval_loss},
+        )
+
+    def _or_save_error(self, function, *args, **options):
+        try:
+            function(*args, **options)
+        except Exception as error:  # Orbax and TensorStore raise what they like
+            reason = _first_line(error)
+            raise SaveError(f"cannot save a checkpoint in {self.directory}: {reason}") from error
+
+    def _newest_intact(self, read: Callable[[int, dict], Any], step: int | None = None):
         skipped = []
-        for step in reversed(self.steps()):
+        for candidate in [step] if step is not None else reversed(self.steps()):
             try:
-                return step, self._restore_step(step, like), skipped
+                return candidate, read(candidate, self._restore_contents(candidate)), skipped
+            except OtherContentsError:
+                raise
             except Exception as error:  # Orbax and TensorStore raise what they like
-                reason = str(error).strip().split("\n")[0] or type(error).__name__
-                skipped.append(f"step {step} in {self.directory} is damaged: {reason}")
+                skipped.append(f"step {candidate} in {self.directory}: {_first_line(error)}")
         reasons = "; ".join(skipped) or "there is no committed step"
         raise CheckpointError(f"no intact checkpoint in {self.directory}: {reasons}")
 
-    def _restore_step(self, step, like):
-        stored = self._manager.restore(
-            step, args=ocp.args.Composite(checksums=ocp.args.JsonRestore())
-        )["checksums"]
-        restored = {name: self._restore_item(step, name, item) for name, item in like.items()}
-        for name in like:
-            expected, actual = stored[name], checksums(restored[name])
-            differing = sorted(path for path in actual if expected.get(path) != actual[path])
-            if differing:
-                raise CheckpointError(f"checksum mismatch in {name}: {', '.join(differing[:3])}")
+    def _restore_contents(self, step):
+        contents = self._restore_text(step, "contents")
+        if contents.pop("crc") != _crc(contents):
+            raise CheckpointError("checksum mismatch in contents")
+        return contents
+
+    def _restore_text(self, step, name):
+        arguments = ocp.args.Composite(**{name: ocp.args.JsonRestore()})
+        return self._manager.restore(step, args=arguments)[name]
+
+    def _restore_arrays(self, step, contents, items):
+        shapes = {(name, *leaf[:2]) for name in items for leaf in contents[name]}
+        expected = {(name, *leaf) for name, item in items.items() for leaf in _shapes(item)}
+        if shapes != expected:
+            differing = sorted(shapes ^ expected)
+            lines = (
+                f"{name}/{path} {shape} {'here' if (name, path, shape) in expected else 'there'}"
+                for name, path, shape in differing[:6]
+            )
+            raise OtherContentsError(
+                f"step {step} in {self.directory} is of another model or optimizer; "
+                f"{len(differing)} leaves differ: {', '.join(lines)}"
+            )
+        restored = {name: self._restore_item(step, name, item) for name, item in items.items()}
+        for name, item in restored.items():
+            actual = checksums(item)
+            wrong = [path for path, _, expected in contents[name] if actual[path] != expected]
+            if wrong:
+                raise CheckpointError(f"checksum mismatch in {name}: {', '.join(wrong[:3])}")
         return restored
 
     def _restore_item(self, step, name, like):
@@ -150,17 +261,35 @@ class Checkpointer:
         return restored
 
 
-def checksums(tree: Any) -> dict[str, int]:
-    """CRC-32 of each leaf's bytes, by path."""
+def _arrays_of(state: TrainState) -> dict[str, Any]:
+    arrays = {"params": state.params, "train": {"step": state.step, "opt_state": state.opt_state}}
+    return arrays if state.ema_params is None else arrays | {"ema": state.ema_params}
+
+
+def _contents(tree) -> list[list]:
+    """Path, shape and checksum of each leaf."""
+    values = checksums(tree)
+    return [[path, shape, values[path]] for path, shape in _shapes(tree)]
+
+
+def _shapes(tree) -> list[tuple[str, str]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): _crc(leaf) for path, leaf in leaves
-    }
+    return [
+        (
+            jax.tree_util.keystr(path, simple=True, separator="/"),
+            f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]",
+        )
+        for path, leaf in leaves
+    ]
 
 
-def _crc(leaf) -> int:
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        # Spread over processes: each gets the whole of it, one leaf at a time.
-        replicated = jax.sharding.NamedSharding(leaf.sharding.mesh, jax.sharding.PartitionSpec())
-        leaf = jax.jit(lambda x: x, out_shardings=replicated)(leaf)
-    return zlib.crc32(np.ascontiguousarray(jax.device_get(leaf)).view(np.uint8).reshape(-1))
+def _eval_loss(metrics) -> float:
+    return metrics["eval/loss"]
+
+
+def _crc(value) -> int:
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

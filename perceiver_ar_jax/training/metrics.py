@@ -4,7 +4,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import rich.progress
@@ -72,3 +72,10 @@ class Progress:
     def close(self) -> None:
         """Leaves the last state of the line standing."""
         self._bar.stop()
+
+
+class Silent:
+    """Takes every call and does nothing: what all processes but the first write to."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args: None

@@ -2,6 +2,8 @@ import dataclasses
 
 import optax
 
+from perceiver_ar_jax.training.spikes import skip_spikes
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
@@ -23,6 +25,9 @@ class OptimizerConfig:
     b2: float = 0.999
     eps: float = 1e-8
     clip_norm: float = 1.0  # of all gradients together; 0: no clipping
+    skip_spikes: bool = False  # leave out steps whose loss or gradient norm stands out
+    spike_window: int = 100  # among so many steps
+    spike_threshold: float = 6.0  # by so many standard deviations
 
     def __post_init__(self):
         problems = []
@@ -39,6 +44,8 @@ class OptimizerConfig:
         for name in ("min_fraction", "b1", "b2"):
             if not 0 <= getattr(self, name) <= 1:
                 problems.append(f"{name} must be between 0 and 1, not {getattr(self, name)}")
+        if self.spike_window < 2 or self.spike_threshold <= 0:
+            problems.append("spike_window must be at least 2 and spike_threshold positive")
         if problems:
             raise ValueError("OptimizerConfig: " + "; ".join(problems))
 
@@ -55,8 +62,8 @@ def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW."""
-    return optax.chain(
+    """Clipping by the global norm, then AdamW; all of it only where no spike is, if so asked."""
+    tx = optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         optax.adamw(
             learning_rate_schedule(config),
@@ -66,3 +73,6 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
             weight_decay=config.weight_decay,
         ),
     )
+    if not config.skip_spikes:
+        return tx
+    return skip_spikes(tx, window=config.spike_window, threshold=config.spike_threshold)

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import optax
 
-from perceiver_ar_jax.training.metrics import MetricsWriter, Progress
+from perceiver_ar_jax.training.goodput import Goodput
+from perceiver_ar_jax.training.metrics import MetricsWriter, Progress, Silent
 
 
 class NonFiniteError(Exception):
@@ -20,6 +22,17 @@ class Report:
 
     Metrics are read when the step after theirs is under way, so that reading never keeps the
     device waiting.
+
+    Args:
+      workdir: where files are written.
+      step: the step that the run goes on from.
+      total_steps: the step at which it ends.
+      log_every: steps of a window.
+      learning_rate: the schedule.
+      goodput: takes in the time of each window.
+      flops_per_step: of each device, by formula.
+      peak_flops: of each device per second; None where it is not known.
+      is_silent: whether nothing is written or printed, as in all processes but the first.
     """
 
     def __init__(
@@ -30,11 +43,18 @@ class Report:
         total_steps: int,
         log_every: int,
         learning_rate: optax.Schedule,
+        goodput: Goodput,
+        flops_per_step: float,
+        peak_flops: float | None,
+        is_silent: bool = False,
     ):
         self._workdir, self._log_every = workdir, log_every
-        self._learning_rate = learning_rate
-        self._writer = MetricsWriter(workdir)
-        self._progress = Progress(step, total_steps)
+        self._learning_rate = jax.jit(learning_rate)
+        self.goodput = goodput
+        self._flops_per_step, self._peak_flops = flops_per_step, peak_flops
+        self._is_silent = is_silent
+        self._writer = Silent() if is_silent else MetricsWriter(workdir)
+        self._progress = Silent() if is_silent else Progress(step, total_steps)
         self._eval_text = ""
         self._compiled = False
         self._start_window()
@@ -52,7 +72,11 @@ class Report:
         Raises:
           NonFiniteError: if the loss or the gradient norm is not finite.
         """
-        values = {name: float(value) for name, value in metrics.items()}
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        now = time.monotonic()
+        if self._compiled:  # the first step's time is the compiler's
+            self.goodput.productive += now - self._mark
+        self._mark = now
         self._losses.append(values["loss"])
         self._read_tokens += read_tokens
         self._trained_tokens += values["tokens"]
@@ -62,7 +86,7 @@ class Report:
         if not finite:
             name = next(name for name, value in values.items() if not math.isfinite(value))
             raise NonFiniteError(f"{name} is {values[name]} at step {step}")
-        if not self._compiled:  # the first step's time is the compiler's
+        if not self._compiled:
             self._compiled = True
             self._start_window()
 
@@ -75,12 +99,17 @@ class Report:
 
     def sample(self, step: int, text: str) -> None:
         """Writes a text that the model made."""
-        folder = self._workdir / "samples"
-        folder.mkdir(exist_ok=True)
-        (folder / f"{step:08d}.txt").write_text(text + "\n", encoding="utf-8")
+        if not self._is_silent:
+            folder = self._workdir / "samples"
+            folder.mkdir(exist_ok=True)
+            (folder / f"{step:08d}.txt").write_text(text + "\n", encoding="utf-8")
         self._writer.write_text(step, "sample", text)
         self._progress.print(f"sample at step {step}: {text!r}")
         self._start_window()
+
+    def print(self, text: str) -> None:
+        """A line of its own."""
+        self._progress.print(text)
 
     def close(self) -> None:
         """Closes files and the live line."""
@@ -89,26 +118,34 @@ class Report:
 
     def _write_window(self, step, values):
         seconds, steps = time.monotonic() - self._start, len(self._losses)
-        loss = sum(self._losses) / steps
         trained_per_second = self._trained_tokens / seconds
-        self._writer.write(
-            step,
-            {
-                "train/loss": loss,
-                "optim/learning_rate": float(self._learning_rate(step - 1)),
-                "optim/grad_norm": values["grad_norm"],
-                "perf/step_ms": 1000 * seconds / steps,
-                "perf/tokens_per_sec": self._read_tokens / seconds,
-                "perf/trained_tokens_per_sec": trained_per_second,
-                "data/wait_share": self._waited / seconds,
-            },
-        )
-        text = f"loss {loss:.3f}  {trained_per_second:,.0f} trained tokens/s{self._eval_text}"
+        flops_per_second = self._flops_per_step * steps / seconds
+        line = {
+            "train/loss": sum(self._losses) / steps,
+            "optim/learning_rate": self._learning_rate_of(step, values),
+            "optim/grad_norm": values["grad_norm"],
+            "perf/step_ms": 1000 * seconds / steps,
+            "perf/tokens_per_sec": self._read_tokens / seconds,
+            "perf/trained_tokens_per_sec": trained_per_second,
+            "perf/model_tflops_per_device": flops_per_second / 1e12,
+            "data/wait_share": self._waited / seconds,
+        }
+        if self._peak_flops is not None:
+            line["perf/mfu"] = flops_per_second / self._peak_flops
+        if "skipped" in values:
+            line["optim/skipped_steps"] = values["skipped"]
+        self._writer.write(step, line | self.goodput.metrics(step))
+        loss = f"loss {line['train/loss']:.3f}"
+        text = f"{loss}  {trained_per_second:,.0f} trained tokens/s{self._eval_text}"
         self._progress.update(step, text)
         self._start_window()
 
+    def _learning_rate_of(self, step, values):
+        taken = step - 1 - int(values.get("skipped", 0))  # the schedule counts what was not skipped
+        return float(jax.device_get(self._learning_rate(jax.device_put(taken))))
+
     def _start_window(self):
-        self._start = time.monotonic()
+        self._start = self._mark = time.monotonic()
         self._waited = 0.0
         self._losses = []
         self._read_tokens = self._trained_tokens = 0

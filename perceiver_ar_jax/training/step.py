@@ -37,7 +37,8 @@ def train_step(
 
     Returns:
       The next state, and metrics: "loss" in nats per token, "grad_norm" before clipping, and
-      "tokens", how many targets counted.
+      "tokens", how many targets counted; with `skip_spikes` also "skipped", how many steps of the
+      run so far were left out.
     """
     counted_BL = (~batch.pad_mask[:, prefix_len:]).astype(jnp.float32)
     num_targets = counted_BL.sum()
@@ -47,14 +48,18 @@ def train_step(
     if microbatches > 1:
         take = _in_parts(take, microbatches)
     loss, gradients = take(state.params, batch, weights_BL, step_key)
-    updates, opt_state = state.tx.update(gradients, state.opt_state, state.params)
+    tx = optax.with_extra_args_support(state.tx)
+    updates, opt_state = tx.update(gradients, state.opt_state, state.params, value=loss)
+    params = optax.apply_updates(state.params, updates)
+    ema_params = state.ema_params
+    if ema_params is not None:
+        ema_params = optax.incremental_update(params, ema_params, 1 - state.ema_decay)
     state = state.replace(
-        step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
-        opt_state=opt_state,
+        step=state.step + 1, params=params, opt_state=opt_state, ema_params=ema_params
     )
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradients), "tokens": num_targets}
-    return state, metrics
+    skipped = optax.tree.get(opt_state, "skipped")
+    return state, metrics if skipped is None else metrics | {"skipped": skipped}
 
 
 def eval_step(
