@@ -215,7 +215,7 @@ def test_an_array_record_is_read_by_a_range(prepared):
 
 def test_examples_are_walked_without_tensorflow():
     value = "ü" * 300
-    entry = b"\x0a\x04text" + b"\x12\xdf\x04" + b"\x0a\xdc\x04" + b"\x0a\xd8\x04" + value.encode()
+    entry = b"\x0a\x04text" + b"\x12\xde\x04" + b"\x0a\xdb\x04" + b"\x0a\xd8\x04" + value.encode()
     other = b"\x0a\x03url" + b"\x12\x05" + b"\x0a\x03" + b"\x0a\x01u"
     example = b"".join(
         b"\x0a" + bytes([len(e) & 127 | 128, len(e) >> 7]) + e for e in (other, entry)
