@@ -60,12 +60,13 @@ def assert_texts_are_apart(svg) -> None:
         assert not overlap, f"{text1!r} overlaps {text2!r}"
 
 
-def test_the_committed_picture_of_the_architecture_is_what_its_script_draws(tmp_path):
-    output = tmp_path / "architecture.svg"
-    result = run(ROOT / "tools" / "draw_architecture.py", f"--output={output}")
+@pytest.mark.parametrize("name", ["architecture", "decoding"])
+def test_a_committed_picture_is_what_its_script_draws(name, tmp_path):
+    output = tmp_path / "picture.svg"
+    result = run(ROOT / "tools" / f"draw_{name}.py", f"--output={output}")
     assert result.returncode == 0, result.stderr
-    committed = ROOT / "docs" / "architecture.svg"
-    assert output.read_text() == committed.read_text(), "run tools/draw_architecture.py"
+    committed = ROOT / "docs" / f"{name}.svg"
+    assert output.read_text() == committed.read_text(), f"run tools/draw_{name}.py"
     assert_texts_are_apart(ElementTree.parse(committed).getroot())
 
 
