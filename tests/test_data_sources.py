@@ -180,6 +180,17 @@ def test_one_split_can_be_converted_alone(prepared, tmp_path):
         to_array_record(prepared["array_record"], tmp_path)
 
 
+def test_a_shard_that_lost_its_last_records_is_not_converted(prepared, tmp_path):
+    shard = "c4-train.tfrecord-00001-of-00003"
+    first = slice(0, TFRecordFile(str(prepared["tfrecord"] / shard))._offsets[5])
+    (tmp_path / "short").mkdir()
+    short = copy_with(prepared["tfrecord"], tmp_path / "short", shard, lambda data: data[first])
+    with pytest.raises(ValueError, match=rf"{shard} has 5 records, 15 were expected"):
+        to_array_record(short, tmp_path / "target")
+    assert not (tmp_path / "target" / shard.replace("tfrecord", "array_record")).exists()
+    assert not (tmp_path / "target" / "dataset_info.json").exists()
+
+
 def test_the_tools_make_a_fixture_and_convert_it(tmp_path):
     root = Path(__file__).resolve().parent.parent
     jsonl = tmp_path / "pages.jsonl"

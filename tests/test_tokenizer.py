@@ -69,6 +69,8 @@ def test_too_little_text_for_the_vocabulary_is_an_error(tmp_path):
         train_sentencepiece(["a few words"], tmp_path / "small.model", 5000)
     with pytest.raises(ValueError, match="vocabulary of 5000"):
         train_sentencepiece([], tmp_path / "small.model", 5000)
+    with pytest.raises(ValueError, match="263: its characters alone need 270"):
+        train_sentencepiece(["a few words"], tmp_path / "small.model", 263)
 
 
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])

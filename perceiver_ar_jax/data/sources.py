@@ -158,7 +158,8 @@ def _slice_of(split: str, length: int) -> tuple[int, int]:
     start, start_percent, stop, stop_percent = match.groups()
     start = int(start or 0) * length // 100 if start_percent else int(start or 0)
     stop = int(stop or 100) * length // 100 if stop_percent else int(stop or length)
-    return slice(start, stop).indices(length)[:2]
+    start, stop, _ = slice(start, stop).indices(length)
+    return start, max(start, stop)
 
 
 def _parse_example(record: bytes, is_last: bool) -> Text:

@@ -52,5 +52,5 @@ def _fields(data: bytes, position: int, end: int) -> Iterator[tuple[int, int, in
                 break
         start, position = position, position + length
         if not shift or byte >= 0x80 or position > end or tag & 0x87 != _LENGTH_DELIMITED:
-            raise ValueError(f"no intact tf.train.Example: a wrong field before byte {start}")
+            raise ValueError(f"an example is damaged before byte {start}")
         yield tag, start, position

@@ -148,7 +148,12 @@ def train_sentencepiece(
         )
     except (RuntimeError, OSError) as error:
         largest = re.search(r"value <= (\d+)", str(error))
-        reason = f"the text is enough for {largest[1]}" if largest else f"no text ({error})"
+        least = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
+        reason = f"no text ({error})"
+        if largest:
+            reason = f"the text is enough for {largest[1]}"
+        elif least:
+            reason = f"its characters alone need {least[1]}"
         raise ValueError(f"cannot train a vocabulary of {vocab_size}: {reason}") from error
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_bytes(model.getvalue())
