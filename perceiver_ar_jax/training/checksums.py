@@ -14,9 +14,11 @@ def checksums(tree: Any) -> dict[str, int]:
     every mesh, and a change of any one element is always seen.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    values = jax.device_get([_checksum(leaf) for _, leaf in leaves])
-    paths = (jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves)
-    return dict(zip(paths, map(int, values), strict=True))
+    # One after the other: several sums over processes at once can deadlock on CPU.
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): int(jax.device_get(_checksum(leaf)))
+        for path, leaf in leaves
+    }
 
 
 @jax.jit
