@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import rich.progress
 
@@ -16,13 +17,14 @@ class MetricsWriter:
     def __init__(self, workdir: Path):
         from tensorboardX import SummaryWriter
 
-        self._file = (workdir / "metrics.jsonl").open("a", encoding="utf-8")
+        self._file = (workdir / "metrics.jsonl").open("a+b")
+        _drop_cut_line(self._file)
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line, {"step": …, "train/loss": …}; numbers that are not finite become strings."""
         line = {name: x if math.isfinite(x) else str(x) for name, x in values.items()}
-        self._file.write(json.dumps({"step": step, **line}) + "\n")
+        self._file.write(json.dumps({"step": step, **line}).encode() + b"\n")
         self._file.flush()
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
@@ -35,6 +37,13 @@ class MetricsWriter:
         """Flushes and closes both."""
         self._file.close()
         self._tensorboard.close()
+
+
+def _drop_cut_line(file: BinaryIO) -> None:
+    """A run that was killed may have left the beginning of a line."""
+    file.seek(0)
+    whole = file.read().rfind(b"\n") + 1
+    file.truncate(whole)
 
 
 class Progress:

@@ -1,0 +1,186 @@
+"""Kills a training run again and again, and says whether its bits are those of an unbroken one.
+
+python tools/torture.py --workdir=runs/torture --kills=5 [--processes=2 --devices=2] \\
+  -- --config=configs/tiny.py --config.data.text=README.md
+
+What follows `--` goes to train.py. The run is done twice: straight through, and with SIGKILL or
+SIGTERM at random moments, each time started again. Then losses and gradient norms of every step,
+also of steps that were done twice, and checksums of all parameters and optimizer state are
+compared. Exit codes: 0 same bits, 1 not, 2 bad input.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MINUTES_WITHOUT_PROGRESS = 10
+
+
+def main() -> int:
+    """Runs both, compares; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--workdir", type=Path, required=True, help="Made anew.")
+    parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--processes", type=int, default=1, help="Joined by jax.distributed.")
+    parser.add_argument("--devices", type=int, default=1, help="CPU devices of each process.")
+    parser.add_argument("--seed", type=int, default=0, help="Of the moments.")
+    parser.add_argument("command", nargs="+", help="-- and the flags of train.py")
+    options = parser.parse_args()
+    shutil.rmtree(options.workdir, ignore_errors=True)
+    cache = f"--config.compilation_cache={options.workdir.absolute() / 'compiled'}"
+    run = Run(options.command + ["--config.log_every=1", cache], options)
+
+    straight, killed = options.workdir / "straight", options.workdir / "killed"
+    if (code := run.to_end(straight)) != 0:
+        print(f"the straight run ends with {code}", file=sys.stderr)
+        return 2
+    total = max(steps_of(straight), default=0)
+    rng = random.Random(options.seed)
+    moments, seconds = [], []
+    for kill in range(options.kills):
+        number = rng.choice((signal.SIGKILL, signal.SIGTERM))
+        begin = time.monotonic()
+        # Spread over the run: kill number k comes when about k / kills of it are done.
+        at = (kill + rng.random()) * total / (options.kills + 1)
+        moments.append((number.name, run.until(killed, at, number, jitter=rng.uniform(0, 0.3))))
+        seconds.append(time.monotonic() - begin)
+        print(f"kill {kill + 1}: {moments[-1][0]} at step {moments[-1][1]}", flush=True)
+    if (code := run.to_end(killed)) != 0:
+        print(f"the killed run ends with {code} at last", file=sys.stderr)
+        return 1
+    problems = differences(straight, killed)
+    for line in problems[:10]:
+        print(line, file=sys.stderr)
+    print(
+        json.dumps(
+            {
+                "kills": options.kills,
+                "steps": total,
+                "steps_done_again": lost_steps(killed),
+                "same_bits": not problems,
+            }
+        )
+    )
+    return 1 if problems else 0
+
+
+class Run:
+    """Starts train.py, in one process or several, and ends it."""
+
+    def __init__(self, flags: list[str], options: argparse.Namespace):
+        self._flags, self._count = flags, options.processes
+        self._environment = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={options.devices}",
+        }
+
+    def to_end(self, workdir: Path) -> int:
+        """Runs undisturbed; returns the exit code, of several the highest."""
+        return max(process.wait() for process in self._start(workdir))
+
+    def until(self, workdir: Path, step: float, number: signal.Signals, jitter: float) -> int:
+        """Runs to a step and a little on, then sends the signal; returns the step it was at."""
+        processes = self._start(workdir)
+        deadline = time.monotonic() + 60 * MINUTES_WITHOUT_PROGRESS
+        while max(steps_of(workdir), default=-1) < step:
+            if any(process.poll() is not None for process in processes):
+                break
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no step {step:.0f} in {MINUTES_WITHOUT_PROGRESS} minutes")
+            time.sleep(0.01)
+        time.sleep(jitter)
+        processes[-1].send_signal(number)  # of several one, the others follow
+        if number == signal.SIGKILL:
+            for process in processes:
+                process.kill()
+        codes = {process.wait() for process in processes}
+        expected = {-signal.SIGKILL} if number == signal.SIGKILL else {143, -signal.SIGTERM}
+        if not codes <= expected | {0}:
+            raise RuntimeError(f"{number.name} at step {step:.0f} gave exit codes {sorted(codes)}")
+        return max(steps_of(workdir), default=0)
+
+    def _start(self, workdir: Path) -> list[subprocess.Popen]:
+        workdir.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, str(ROOT / "train.py"), f"--workdir={workdir}", *self._flags]
+        environments = [self._environment]
+        if self._count > 1:
+            with socket.socket() as free:
+                free.bind(("localhost", 0))
+                address = f"localhost:{free.getsockname()[1]}"
+            joined = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(self._count)}
+            environments = [
+                self._environment | joined | {"JAX_PROCESS_ID": str(index)}
+                for index in range(self._count)
+            ]
+        with (workdir / "output.txt").open("a") as output:
+            return [
+                subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
+                for environment in environments
+            ]
+
+
+def steps_of(workdir: Path) -> list[int]:
+    """Steps whose loss the run has written."""
+    return [line["step"] for line in lines_of(workdir) if "train/loss" in line]
+
+
+def lines_of(workdir: Path) -> list[dict]:
+    """What the run has written; the last line may be under way."""
+    file = workdir / "metrics.jsonl"
+    text = file.read_text() if file.is_file() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def lost_steps(workdir: Path) -> int:
+    """Steps that were done more than once."""
+    steps = steps_of(workdir)
+    return len(steps) - len(set(steps))
+
+
+def differences(straight: Path, killed: Path) -> list[str]:
+    """Every number of a step, and every leaf of the last checkpoint, that is not the same."""
+    names = ("train/loss", "optim/grad_norm", "eval/loss")
+    expected = {
+        (line["step"], name): line[name]
+        for line in lines_of(straight)
+        for name in names
+        if name in line
+    }
+    actual = [
+        ((line["step"], name), line[name])
+        for line in lines_of(killed)
+        for name in names
+        if name in line
+    ]
+    problems = [
+        f"{name} at step {step}: {value!r}, straight {expected.get((step, name))!r}"
+        for (step, name), value in actual
+        if value != expected.get((step, name))
+    ]
+    missing = expected.keys() - dict(actual).keys()
+    problems += [f"{name} at step {step} is missing" for step, name in sorted(missing)]
+    if last_contents(straight) != last_contents(killed):
+        problems.append("the last checkpoints differ")
+    return problems
+
+
+def last_contents(workdir: Path) -> dict:
+    """Shapes and checksums of parameters and optimizer state."""
+    folder = max((workdir / "checkpoints").iterdir(), key=lambda step: int(step.name))
+    (file,) = (file for file in (folder / "contents").iterdir() if file.name == "metadata")
+    contents = json.loads(file.read_text())
+    return {name: contents[name] for name in ("params", "train")} | {"step": folder.name}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
