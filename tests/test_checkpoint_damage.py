@@ -1,0 +1,179 @@
+"""Whatever happens to the files of a checkpoint: the saved bits come back, or the step before."""
+
+import functools
+import gc
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from small_models import random_params, small_config
+
+from perceiver_ar_jax.training import OptimizerConfig, TrainState, make_optimizer
+from perceiver_ar_jax.training.checkpoint import Checkpointer, CheckpointError
+
+# Where one array of a checkpoint is damaged, TensorStore drops the reads of the others.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+STEPS = (1, 2)
+OPTIMIZER = make_optimizer(OptimizerConfig(warmup_steps=0, total_steps=10))
+# What Orbax writes for a step, by kind.
+KINDS = (
+    "_CHECKPOINT_METADATA",
+    "commit_success.txt",
+    "*/commit_success.txt",
+    "contents/metadata",
+    "data/metadata",
+    "metrics/metrics",
+    "*/_METADATA",
+    "*/_sharding",
+    "*/array_metadatas/*",
+    "*/manifest.ocdbt",
+    "*/d/*",
+    "*/ocdbt.process_0/manifest.ocdbt",
+    "*/ocdbt.process_0/d/*",
+)
+
+
+def flip_a_bit(file: Path):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+
+
+def cut_in_half(file: Path):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def empty(file: Path):
+    file.write_bytes(b"")
+
+
+DAMAGES = (flip_a_bit, cut_in_half, empty, Path.unlink)
+
+
+@functools.cache
+def saved_state(step: int) -> TrainState:
+    """No two leaves alike, and none like that of another step."""
+    config = small_config(num_self_attention_layers=0, output_bias=False)
+    state = TrainState.create(params=random_params(config), tx=OPTIMIZER)
+    rng = np.random.default_rng(step)
+
+    def draw(leaf):
+        if leaf.dtype == np.float32:
+            return rng.standard_normal(leaf.shape).astype(np.float32)
+        return np.int32(rng.integers(2**31))
+
+    drawn = jax.tree.map(draw, state).replace(step=np.int32(step))
+    return jax.tree.map(jax.numpy.asarray, drawn)
+
+
+def saved_data(step: int) -> dict:
+    return {"step": step, "positions": [[step, 7], [3, step]], "fingerprint": {"seed": 0}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def dropped_reads():
+    """Are collected here, where what they say is ignored."""
+    yield
+    gc.collect()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    checkpointer = Checkpointer(folder)
+    for step in STEPS:
+        checkpointer.save(saved_state(step), saved_data(step))
+    checkpointer.close()
+    return folder
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "copy")
+
+
+def restore(folder: Path):
+    """What a run and what inference restore."""
+    like = jax.eval_shape(lambda: saved_state(STEPS[-1]))
+    checkpointer = Checkpointer(folder)
+    try:
+        return checkpointer.restore(like), checkpointer.restore_params(like.params)
+    finally:
+        checkpointer.close()
+
+
+def check_nothing_wrong_is_restored(folder: Path) -> bool:
+    """Whether the damaged newest step was passed over; what was restored is right in any case."""
+    (state, data, skipped), (params, params_step, params_skipped) = restore(folder)
+    step = int(state.step)
+    jax.tree.map(np.testing.assert_array_equal, state, saved_state(step))
+    jax.tree.map(np.testing.assert_array_equal, params, saved_state(params_step).params)
+    assert data == saved_data(step)
+    for found, lines in ((step, skipped), (params_step, params_skipped)):
+        assert len(lines) == STEPS[-1] - found
+        assert all("step 2 in " in line for line in lines), lines
+    return step != STEPS[-1]
+
+
+def test_every_file_of_a_step_is_of_a_kind_that_is_damaged_below(saved):
+    step = saved / "2"
+    kinds = [{path for path in step.glob(kind) if path.is_file()} for kind in KINDS]
+    assert all(kinds)
+    assert set.union(*kinds) == {path for path in step.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "metrics/metrics"])
+def test_a_damaged_file_gives_the_saved_bits_or_the_step_before(kind, damage, saved, tmp_path):
+    for i, file in enumerate(sorted(path for path in (saved / "2").glob(kind) if path.is_file())):
+        folder = shutil.copytree(saved, tmp_path / str(i))
+        damage(folder / file.relative_to(saved))
+        check_nothing_wrong_is_restored(folder)
+
+
+@pytest.mark.slow
+def test_no_single_flipped_bit_is_restored_silently(saved, tmp_path):
+    rng = np.random.default_rng(0)
+    files = sorted(path for path in (saved / "2").rglob("*") if path.is_file())
+    sizes = np.array([path.stat().st_size for path in files])
+    caught = 0
+    for i in range(1000):
+        folder = shutil.copytree(saved, tmp_path / str(i))
+        file = folder / rng.choice(files, p=sizes / sizes.sum()).relative_to(saved)
+        data = bytearray(file.read_bytes())
+        place, bit = int(rng.integers(len(data))), int(rng.integers(8))
+        data[place] ^= 1 << bit
+        file.write_bytes(data)
+        caught += check_nothing_wrong_is_restored(folder)
+        shutil.rmtree(folder)
+    print(f"1,000 flipped bits: {caught} fell back, {1000 - caught} changed nothing restored")
+
+
+def test_with_every_step_damaged_the_error_names_each(copy):
+    for step in STEPS:
+        cut_in_half(copy / str(step) / "contents/metadata")
+    with pytest.raises(CheckpointError, match=r"step 2 in .* step 1 in "):
+        restore(copy)
+
+
+def test_an_empty_step_directory_is_skipped_and_named(copy):
+    (copy / "3").mkdir()
+    (state, _, skipped), _ = restore(copy)
+    assert int(state.step) == 2
+    assert len(skipped) == 1 and "step 3 " in skipped[0]
+
+
+def test_a_save_that_was_killed_leaves_the_step_before(copy):
+    shutil.copytree(copy / "2", copy / "3.orbax-checkpoint-tmp")
+    (copy / "3.orbax-checkpoint-tmp/params/d").rename(copy / "3.orbax-checkpoint-tmp/params/e")
+    (state, data, skipped), _ = restore(copy)
+    assert (int(state.step), data, skipped) == (2, saved_data(2), [])
+
+
+def test_a_file_named_like_a_step_does_not_hide_the_steps(copy):
+    (copy / "3").write_text("not a checkpoint")
+    (state, _, _), _ = restore(copy)
+    assert int(state.step) == 2
