@@ -111,7 +111,8 @@ def _open_tfds(path: epath.Path, split: str) -> TextSource:
         inner = [str(info.parent) for level in below for info in level][:3]
         hint = f"; did you mean {' or '.join(inner)}?" if inner else ""
         raise ValueError(
-            f"{path} is no prepared TFDS directory (.../c4/en/3.0.1): no dataset_info.json{hint}"
+            f"{path} is no prepared TFDS directory (.../c4/en/3.0.1), docs/data.md says how to make "
+            f"one: no dataset_info.json{hint}"
         )
     import tensorflow_datasets as tfds  # half a second
 
