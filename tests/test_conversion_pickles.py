@@ -1,12 +1,9 @@
 import pickle
-import pickletools
 import time
 import tracemalloc
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch_zip import mapping, tensor, text
+from torch_zip import text
 
 from perceiver_ar_jax.conversion.pickles import MAX_BYTES, Inert, read_pickle
 
@@ -122,36 +119,3 @@ def test_bombs_cost_no_more_than_their_size(bomb):
 def test_a_pickle_beyond_all_need_is_refused_unread():
     with pytest.raises(ValueError, match="far fewer"):
         load(b"N" * (MAX_BYTES + 1))
-
-
-STATE_DICT = mapping({"weight": tensor("0", "float32", (2, 3), (3, 1)), "step": b"K\x05"}) + b"."
-OPCODES = [opcode.code.encode("latin-1") for opcode in pickletools.opcodes]
-
-
-@st.composite
-def mutated(draw):
-    data = bytearray(STATE_DICT)
-    for _ in range(draw(st.integers(1, 6))):
-        place = draw(st.integers(0, len(data) - 1))
-        data[place : place + draw(st.integers(0, 4))] = draw(st.binary(max_size=6))
-    return bytes(data)
-
-
-opcode_soup = st.lists(
-    st.one_of(st.sampled_from(OPCODES), st.binary(max_size=3), st.just(b"cbuiltins\neval\n")),
-    max_size=60,
-).map(b"".join)
-
-
-@settings(max_examples=400, deadline=None)
-@given(st.one_of(st.binary(max_size=200), mutated(), opcode_soup))
-def test_any_bytes_give_an_object_or_a_value_error(data):
-    tracemalloc.start()
-    try:
-        load(data)
-    except ValueError:
-        pass
-    finally:
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-    assert peak < 2**20

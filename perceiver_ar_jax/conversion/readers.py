@@ -71,6 +71,7 @@ def _checked(
 ) -> ReferenceCheckpoint:
     config = config_from_reference(fields)
     rules.check_tensors(tensors, config)
+    _check_size(tensors)
     frequencies = np.asarray(tensors[rules.FREQUENCIES]).astype(np.float32)
     dtypes = {str(tensor.dtype) for name, tensor in tensors.items() if name != rules.FREQUENCIES}
     return ReferenceCheckpoint(
@@ -82,6 +83,15 @@ def _checked(
         tensors=tensors,
         tokenizer_files=_tokenizer_files(path if path.is_dir() else path.parent),
     )
+
+
+def _check_size(tensors: Mapping[str, StoredTensor | np.ndarray]) -> None:
+    """Raises ValueError where tensors overlap, so that a small file would fill the memory."""
+    stored = [tensor for tensor in tensors.values() if isinstance(tensor, StoredTensor)]
+    needed = sum(tensor.nbytes for tensor in stored)
+    available = sum(path.stat().st_size for path in {tensor.path for tensor in stored})
+    if needed > available:
+        raise ValueError(f"its tensors overlap: {needed} bytes in {available} bytes of files")
 
 
 def _read_directory(folder: Path) -> dict[str, StoredTensor | np.ndarray]:

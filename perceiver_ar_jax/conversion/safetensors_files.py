@@ -45,7 +45,7 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
             )
         raw = file.read(header_size)
     try:
-        header = json.loads(raw)
+        header = json.loads(raw.decode())
         return {
             name: _stored(path, 8 + header_size, file_size, **entry)
             for name, entry in header.items()

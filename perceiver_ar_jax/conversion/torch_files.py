@@ -81,14 +81,19 @@ def _read_zip(path: Path) -> Any:
     if len(pickles) != 1:
         raise ValueError("a zip archive, but not one of torch.save: no data.pkl in it")
     root = pickles[0].removesuffix("data.pkl")
-    data = _read_record(path, records[pickles[0]])
-    if (
-        root + "byteorder" in records
-        and _read_record(path, records[root + "byteorder"]) != b"little"
-    ):
+    # torch.save can be told to leave checksums out; then they are 0 throughout.
+    has_checksums = any(record.crc32 for record in records.values())
+
+    def read(record: Record) -> bytes:
+        data = _read_record(path, record)
+        if has_checksums and zlib.crc32(data) != record.crc32:
+            raise ValueError("it is damaged: a checksum differs")
+        return data
+
+    byteorder = records.get(root + "byteorder")
+    if byteorder is not None and read(byteorder) != b"little":
         raise ValueError("it was written on a big-endian machine")
-    # torch.save can be told to leave checksums out; then they are wrong throughout.
-    has_checksums = zlib.crc32(data) == records[pickles[0]].crc32
+    in_part = set()  # storages that a tensor has a part of, whose bytes alone have no checksum
 
     def persistent_load(pid) -> Storage:
         kind, storage_type, key, *_ = pid
@@ -97,7 +102,11 @@ def _read_zip(path: Path) -> Any:
         return Storage(records[f"{root}data/{key}"], DTYPES[STORAGE_DTYPES[str(storage_type)]])
 
     def rebuild_tensor(storage, start, shape, strides, *_) -> StoredTensor:
-        return _tensor(path, storage, start, shape, strides, has_checksums)
+        tensor = _tensor(path, storage, start, shape, strides, has_checksums)
+        if has_checksums and tensor.crc32 is None and storage.record not in in_part:
+            read(storage.record)
+            in_part.add(storage.record)
+        return tensor
 
     constructors = {
         "torch._utils._rebuild_tensor": rebuild_tensor,
@@ -106,7 +115,9 @@ def _read_zip(path: Path) -> Any:
         "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
         **dict.fromkeys(("collections.OrderedDict", *ATTRIBUTE_DICTS), lambda: {}),
     }
-    return read_pickle(data, constructors=constructors, persistent_load=persistent_load)
+    return read_pickle(
+        read(records[pickles[0]]), constructors=constructors, persistent_load=persistent_load
+    )
 
 
 def _records(path: Path) -> dict[str, Record]:
@@ -128,6 +139,8 @@ def _records(path: Path) -> dict[str, Record]:
                 records[entry.filename] = Record(offset, entry.file_size, entry.CRC)
     except (zipfile.BadZipFile, struct.error, NotImplementedError, OverflowError) as error:
         raise ValueError(f"the zip archive is cut off or damaged ({error})") from None
+    if sum(record.size for record in records.values()) > file_size:
+        raise ValueError("its entries overlap")
     return records
 
 
