@@ -2,6 +2,9 @@
 
 Filters are pytrees whose numbers are traced, so that another temperature compiles nothing anew.
 They keep a token where transformers' warpers of the same name keep it, ties included.
+
+Whatever the logits are, an id of the vocabulary comes out: one at +inf if there is any, 0 if all
+are -inf, and any if there are NaNs. The log-probability of a token in such a row is NaN.
 """
 
 import jax
