@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
 from perceiver_ar_jax._version import __version__
 from perceiver_ar_jax.config import PerceiverARConfig
@@ -39,15 +40,15 @@ def load_pretrained(path: str | Path, *, step: int | None = None) -> Pretrained:
     Of a run that averages its weights these are the averaged ones.
 
     Args:
-      path: a workdir or converted folder of ours (its newest intact step), a Hugging Face
-        directory of perceiver-io, one of its .safetensors, .bin or .ckpt files, or a hub id.
+      path: a workdir or converted folder of ours, local or gs://; or a Hugging Face directory of
+        perceiver-io, one of its .safetensors, .bin or .ckpt files, or a hub id.
       step: of a workdir; None takes the newest intact one.
 
     Raises:
       ValueError: nothing usable is there; says what was looked for.
       CheckpointError: a folder of ours without an intact step.
     """
-    folder = Path(path)
+    folder = epath.Path(path)
     description = _description(folder)
     if description is None:
         if step is not None:

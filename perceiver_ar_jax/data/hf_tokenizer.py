@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from etils import epath
+
 from perceiver_ar_jax.data.clean_up import clean_up
 from perceiver_ar_jax.data.tokenizer import HUGGING_FACE_FILE, _check_ids, _valid_unicode
 
@@ -29,7 +31,7 @@ class HFTokenizer:
     """
 
     def __init__(self, path: str | Path):
-        path = Path(path)
+        path = epath.Path(path)
         if not path.is_file():
             raise ValueError(f"no tokenizer at {path}: expected a {HUGGING_FACE_FILE}")
         self._files = {HUGGING_FACE_FILE: path.read_bytes()}
@@ -94,8 +96,8 @@ class HFTokenizer:
     def save(self, folder: str | Path) -> Path:
         """Writes the file, and those beside it, as they were read; returns the file's path."""
         for name, data in self._files.items():
-            (Path(folder) / name).write_bytes(data)
-        return Path(folder) / HUGGING_FACE_FILE
+            (epath.Path(folder) / name).write_bytes(data)
+        return epath.Path(folder) / HUGGING_FACE_FILE
 
     @functools.cached_property
     def _tokenizer(self):

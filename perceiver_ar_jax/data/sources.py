@@ -94,7 +94,7 @@ def open_source(source: str, split: str) -> TextSource:
     path = epath.Path(source)
     if path.is_dir():
         return _open_tfds(path, split)
-    paths = [str(path)] if path.exists() else sorted(glob.glob(source, recursive=True))
+    paths = [str(path)] if path.exists() else _matching(source)
     if not paths:
         raise ValueError(f"no data at {source}: neither a folder nor a file, nor does a glob match")
     kinds = {epath.Path(name).suffix for name in paths}
@@ -105,14 +105,21 @@ def open_source(source: str, split: str) -> TextSource:
     return _open_files(paths, split, record_files.PieceFile, _parse_text)
 
 
+def _matching(pattern: str) -> list[str]:
+    if "://" not in pattern:
+        return sorted(glob.glob(pattern, recursive=True))
+    *bucket, inside = pattern.split("/", 3)  # gs: and nothing, the bucket's name, what is in it
+    return sorted(map(str, epath.Path("/".join(bucket)).glob(inside)))
+
+
 def _open_tfds(path: epath.Path, split: str) -> TextSource:
     if not (path / "dataset_info.json").exists():
         below = (path.glob("*/" * depth + "dataset_info.json") for depth in (1, 2, 3))
         inner = [str(info.parent) for level in below for info in level][:3]
         hint = f"; did you mean {' or '.join(inner)}?" if inner else ""
         raise ValueError(
-            f"{path} is no prepared TFDS directory (.../c4/en/3.0.1), docs/data.md says how to make "
-            f"one: no dataset_info.json{hint}"
+            f"{path} is no prepared TFDS directory (.../c4/en/3.0.1), docs/data.md says how to "
+            f"make one: no dataset_info.json{hint}"
         )
     import tensorflow_datasets as tfds  # half a second
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import sentencepiece
+from etils import epath
 
 SENTENCEPIECE_FILE = "spiece.model"
 HUGGING_FACE_FILE = "tokenizer.json"
@@ -50,7 +51,7 @@ class ByteTokenizer:
 
     def save(self, folder: str | Path) -> Path:
         """Writes what transformers' AutoTokenizer reads as well; returns the file's path."""
-        path = Path(folder) / BYTES_FILE
+        path = epath.Path(folder) / BYTES_FILE
         path.write_text(json.dumps({"tokenizer_class": BYTES_CLASS, "model_max_length": 2048}))
         return path
 
@@ -65,7 +66,7 @@ class SentencePieceTokenizer:
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = epath.Path(path)
         self._model = _read_model(self.path)
         self.sha256 = hashlib.sha256(self._model).hexdigest()
         try:
@@ -100,7 +101,7 @@ class SentencePieceTokenizer:
 
     def save(self, folder: str | Path) -> Path:
         """Writes the model as it was read; returns the file's path."""
-        path = Path(folder) / SENTENCEPIECE_FILE
+        path = epath.Path(folder) / SENTENCEPIECE_FILE
         path.write_bytes(self._model)
         return path
 
@@ -193,7 +194,7 @@ def as_exact(tokenizer):
 def _load(source: str | Path, exact: bool):
     if str(source) == "bytes":
         return ByteTokenizer()
-    path = Path(source)
+    path = epath.Path(source)
     if path.is_dir():
         if (path / SENTENCEPIECE_FILE).is_file():
             path = path / SENTENCEPIECE_FILE
