@@ -296,5 +296,8 @@ def test_an_empty_split_is_an_error(corpus):
 
 
 def test_all_problems_of_a_config_are_named_at_once():
-    with pytest.raises(ValueError, match=r"batch_size must be at least 1.*min_seq_len 9 > .*8"):
-        DataConfig(source="x", batch_size=0, min_seq_len=9, max_seq_len=8)
+    expected = (
+        r"batch_size must be .* least 1, not 0; seed must be .*, not '1'; min_seq_len 9 > .*8"
+    )
+    with pytest.raises(ValueError, match=expected):
+        DataConfig(source="x", batch_size=0, seed="1", min_seq_len=9, max_seq_len=8)

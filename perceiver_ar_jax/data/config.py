@@ -27,18 +27,24 @@ class DataConfig:
 
     def __post_init__(self):
         problems = [
-            f"{name} must be at least {low}, not {getattr(self, name)}"
+            f"{name} must be a whole number of at least {low}, not {getattr(self, name)!r}"
             for name, low in (
                 ("min_seq_len", 1),
+                ("max_seq_len", 1),
                 ("batch_size", 1),
                 ("seed", 0),
                 ("num_workers", 0),
             )
-            if getattr(self, name) < low
+            if not _is_at_least(low, getattr(self, name))
         ]
-        if self.min_seq_len > self.max_seq_len:
+        lengths = self.min_seq_len, self.max_seq_len
+        if all(_is_at_least(1, length) for length in lengths) and lengths[0] > lengths[1]:
             problems.append(f"min_seq_len {self.min_seq_len} > max_seq_len {self.max_seq_len}")
         if not self.source:
             problems.append("source is empty")
         if problems:
             raise ValueError("DataConfig: " + "; ".join(problems))
+
+
+def _is_at_least(low: int, value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
