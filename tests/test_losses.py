@@ -49,7 +49,7 @@ def test_a_large_vocabulary_never_makes_all_logits_at_once():
                 is_leaf=lambda x: hasattr(x, "jaxpr"),
             )
 
-    batch, latents, vocab_size, width = 2, 512, 32000, 4
+    batch, latents, vocab_size, width = 2, 512, 128_000, 4
     arguments = (
         jnp.zeros((batch, latents, width)),
         jnp.zeros((vocab_size, width)),

@@ -49,7 +49,8 @@ def attend(
     weights_BNLK = _weights(q_BLNH, k_BKNH, mask_BLK)
     keep = jax.random.bernoulli(dropout_key, 1.0 - dropout_rate, weights_BNLK.shape)
     weights_BNLK = jnp.where(keep, weights_BNLK / max(1.0 - dropout_rate, 1e-9), 0)
-    return jnp.einsum("BNLK,BKNH->BLNH", weights_BNLK, v_BKNH)
+    out_BLNH = jnp.einsum("BNLK,BKNH->BLNH", weights_BNLK, v_BKNH)
+    return checkpoint_name(out_BLNH, "attention_out")
 
 
 def attend_by_heads(
@@ -162,11 +163,16 @@ def _forward_on_keys(axis, q_BLNH, k_BKNH, v_BKNH, mask_BLK):
     q_BNLH, k_BNKH, v_BNKH = map(_head_major, (q_BLNH, k_BKNH, v_BKNH))
     scores_BNLK = _head_major_scores(q_BNLH, k_BNKH, mask_BLK)
     max_BNL1 = over_devices(jax.lax.pmax, scores_BNLK.max(axis=-1, keepdims=True), axis)
-    exp_BNLK = jnp.exp(scores_BNLK - max_BNL1)
-    sum_BNL1 = over_devices(jax.lax.psum, exp_BNLK.sum(axis=-1, keepdims=True), axis)
-    weights_BNLK = (exp_BNLK / sum_BNL1).astype(q_BNLH.dtype)
-    out_BNLH = jnp.einsum("BNLK,BNKH->BNLH", weights_BNLK, v_BNKH)
-    return _head_major(over_devices(jax.lax.psum, out_BNLH, axis)), max_BNL1, sum_BNL1
+    exp_BNLK = jnp.exp(scores_BNLK - max_BNL1).astype(q_BNLH.dtype)
+    # A column of ones beside the values: one matmul gives numerators and denominators.
+    values_and_ones = jnp.pad(v_BNKH, [(0, 0)] * 3 + [(0, 1)], constant_values=1)
+    sums = jnp.einsum(
+        "BNLK,BNKH->BNLH", exp_BNLK, values_and_ones, preferred_element_type=jnp.float32
+    )
+    sums = over_devices(jax.lax.psum, sums, axis)
+    out_BNLH, sum_BNL1 = sums[..., :-1], sums[..., -1:]
+    out_BNLH = (out_BNLH / sum_BNL1).astype(q_BNLH.dtype)
+    return _head_major(out_BNLH), max_BNL1, sum_BNL1
 
 
 def _backward_on_keys(
@@ -182,6 +188,8 @@ def _backward_on_keys(
     )
     dtype = q_BNLH.dtype
     weights_BNLK = jnp.exp(_head_major_scores(q_BNLH, k_BNKH, mask_BLK) - max_BNL1) / sum_BNL1
+    # The barrier keeps the compiler from taking the exponentials again for each use.
+    weights_BNLK = jax.lax.optimization_barrier(weights_BNLK.astype(dtype))
     dweights_BNLK = jnp.einsum(
         "BNLH,BNKH->BNLK", dout_BNLH, v_BNKH, preferred_element_type=jnp.float32
     )
@@ -189,7 +197,7 @@ def _backward_on_keys(
     dscores_BNLK = (weights_BNLK * (dweights_BNLK - sums_BNL1)).astype(dtype)
     dq_BNLH = jnp.einsum("BNLK,BNKH->BNLH", dscores_BNLK, k_BNKH)
     dk_BNKH = jnp.einsum("BNLK,BNLH->BNKH", dscores_BNLK, q_BNLH)
-    dv_BNKH = jnp.einsum("BNLK,BNLH->BNKH", weights_BNLK.astype(dtype), dout_BNLH)
+    dv_BNKH = jnp.einsum("BNLK,BNLH->BNKH", weights_BNLK, dout_BNLH)
     dq_BNLH = over_devices(jax.lax.psum, dq_BNLH, axis)
     return tuple(map(_head_major, (dq_BNLH, dk_BNKH, dv_BNKH)))
 

@@ -3,7 +3,9 @@ import jax.numpy as jnp
 
 from perceiver_ar_jax.parallel import constrain, on_own_rows
 
-MAX_LOGITS_PER_ROW = 2**22  # latents × vocabulary alive at a time, for one row of the batch
+# Latents × vocabulary alive at a time, for one row of the batch. Each chunk costs a pass over the
+# gradient of the embedding.
+MAX_LOGITS_PER_ROW = 2**24
 
 
 def cross_entropy(
@@ -15,8 +17,8 @@ def cross_entropy(
 ) -> jax.Array:
     """Weighted sum of -log p(target), in nats; a float32 scalar.
 
-    Head and loss in one, over chunks of latents: the logits of one chunk exist at a time, never
-    (B, L, V). The gradients are taken in the same pass, so no logits are computed twice.
+    Head and loss in one, over chunks of latents: the logits of one chunk exist at a time. The
+    gradients are taken in the same pass, so no logits are computed twice.
 
     Args:
       hidden_BLD: what the head reads.
