@@ -99,13 +99,20 @@ DUMP = """HloModule step
 
 %inside (p: f32[8]) -> f32[8] {
   %p = f32[8]{0} parameter(0)
-  ROOT %sum = f32[8]{0} all-reduce(%p), to_apply=%add
+  ROOT %sum = f32[8]{0} all-reduce(%p), channel_id=3, to_apply=%add
+}
+
+%all-reduce-scatter (p: f32[8]) -> f32[2] {
+  %whole = f32[8]{0} all-reduce(%p), channel_id=4, to_apply=%add
+  ROOT %part = f32[2]{0} dynamic-slice(%whole, %i), dynamic_slice_sizes={2}
 }
 
 %body (s: (s32[], f32[8])) -> (s32[], f32[8]) {
   %gathered = bf16[4,8]{1,0} all-gather(%x), dimensions={0}
   %f = f32[8]{0} fusion(%gathered), calls=%inside, metadata={op_name="jit(f)/layer/mlp/up"}, \
 backend_config={"window_config":{"estimated_cycles":"100"}}
+  %still_going_on = f32[8]{0} fusion(%f), calls=%inside
+  %scattered = f32[2]{0} fusion(%f), calls=%all-reduce-scatter
 }
 
 %condition (s: (s32[], f32[8])) -> pred[] {
@@ -132,6 +139,7 @@ def test_a_dump_is_read_with_loops_multiplied_out():
     assert program.collectives() == [
         Collective("all-gather", "bf16", 19, 19 * 64),
         Collective("all-reduce", "f32", 20, 19 * 32 + 8),
+        Collective("reduce-scatter", "f32", 19, 19 * 8),
         Collective("all-reduce", "bf16", 1, 4),
     ]
 

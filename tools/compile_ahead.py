@@ -1,7 +1,7 @@
 """Compiles a run for a pod or a GPU box that is not there: memory, exchanges, speed limit.
 
 python tools/compile_ahead.py --config=configs/c4_base.py --topology=v5e:16x16 \\
-  --mesh=data=16,fsdp=16 [--config.x=y] [--json=FILE]
+  [--mesh=data=16,fsdp=16] [--config.x=y] [--json=FILE]
 python tools/compile_ahead.py --config=configs/c4_base.py --topology=gpu:1x1x8 --gpu=h100.textproto
 
 TPUs need `pip install libtpu`, GPUs jax-cuda12-plugin and jax-cuda12-pjrt; neither a device.
@@ -18,21 +18,24 @@ os.environ |= {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nor a device to hold
-    "TPU_ACCELERATOR_TYPE": "",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # whichever: libtpu complains where it finds none
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # config files import each other
 
 from absl import app, flags
 from compiled_step import CompiledStep, DoesNotFitError, compile_step, topology_devices
 from ml_collections import config_flags
 
+from perceiver_ar_jax.command_line import exit_code
 from perceiver_ar_jax.config import PerceiverARConfig
 from perceiver_ar_jax.parallel import MeshConfig
 from perceiver_ar_jax.training import OptimizerConfig
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config().")
 TOPOLOGY = flags.DEFINE_string("topology", None, "Such as v5e:16x16, v4:4x4x8, gpu:1x1x8.")
-MESH = flags.DEFINE_string("mesh", "", "Such as data=16,fsdp=16; in place of the config's.")
+MESH = flags.DEFINE_string("mesh", None, "Such as data=16,fsdp=16; in place of the config's.")
 GPU = flags.DEFINE_string("gpu", None, "File that describes the GPU to XLA.")
 JSON = flags.DEFINE_string("json", None, "Where to write the figures as JSON.")
 QUICK = flags.DEFINE_boolean("quick", False, "Compile for memory and exchanges only, faster.")
@@ -49,31 +52,42 @@ LEFT_OUT = (
 
 def main(argv: list[str]) -> int:
     """Prints the figures; returns the exit code."""
+    return exit_code("compile_ahead.py", compile_and_print)
+
+
+def compile_and_print() -> int:
+    """0 if the step fits into the memory of the devices, 1 if not."""
     config = CONFIG.value
-    sections = config.to_dict()
-    mesh = sections["mesh"]
-    if MESH.value:
-        mesh = {"data": 1} | {k: int(v) for k, v in (x.split("=") for x in MESH.value.split(","))}
     try:
         step = compile_step(
-            PerceiverARConfig(**sections["model"]),
-            OptimizerConfig(**sections["optimizer"]),
-            MeshConfig(**mesh),
+            PerceiverARConfig(**config.model.to_dict()),
+            OptimizerConfig(**config.optimizer.to_dict()),
+            mesh_of(MESH.value) if MESH.value else MeshConfig(**config.mesh.to_dict()),
             topology_devices(TOPOLOGY.value, GPU.value and Path(GPU.value)),
             batch_size=config.batch_size,
-            microbatches=config.get("microbatches", 1),
+            microbatches=config.microbatches,
             compiler_options=QUICK_OPTIONS if QUICK.value else None,
         )
     except DoesNotFitError as error:
         print(f"does not fit: {error}")
         return 1
-    except (ValueError, TypeError, OSError) as error:
-        print(f"compile_ahead.py: {error}", file=sys.stderr)
-        return 2
     print(as_text(step))
     if JSON.value:
         Path(JSON.value).write_text(json.dumps(as_json(step), indent=2) + "\n")
     return 0 if step.free_share > 0 else 1
+
+
+def mesh_of(text: str) -> MeshConfig:
+    """The mesh that `data=16,fsdp=16` says; axes that it leaves out have one device.
+
+    Raises:
+      ValueError: if it says no mesh.
+    """
+    try:
+        sizes = {axis: int(size) for axis, size in (x.split("=") for x in text.split(","))}
+        return MeshConfig(**{"data": 1} | sizes)
+    except (ValueError, TypeError):
+        raise ValueError(f"--mesh={text} is not of the form data=16,fsdp=16") from None
 
 
 def as_text(step: CompiledStep) -> str:

@@ -67,19 +67,25 @@ class CompiledStep:
 
 
 def topology_devices(topology: str, gpu_description: Path | None = None) -> list:
-    """Devices of `v5e:16x16` and the like, or of `gpu:1x1x8` (GPUs, hosts … as XLA counts)."""
-    kind, shape = topology.split(":")
+    """Devices of `v5e:16x16` and the like, or of `gpu:1x1x8` (GPUs, hosts … as XLA counts).
+
+    Raises:
+      ValueError: if there is no such topology, or the package that knows it is not installed.
+    """
+    kind, _, shape = topology.partition(":")
+    options = {"platform": "tpu", "topology_name": topology}
+    if kind == "v4":
+        options |= {"chip_config_name": "megacore"}  # one device a chip
     if kind == "gpu":
         if gpu_description is None:
             raise ValueError("a GPU topology needs --gpu, a file that describes the GPU")
-        return topologies.get_topology_desc(
-            platform="cuda",
-            topology_name="",
-            target_config=gpu_description.read_text(),
-            topology=shape,
-        ).devices
-    megacore = {"chip_config_name": "megacore"} if kind == "v4" else {}
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **megacore).devices
+        description = gpu_description.read_text()
+        options = {"platform": "cuda", "topology_name": "", "topology": shape}
+        options |= {"target_config": description}
+    try:
+        return topologies.get_topology_desc(**options).devices
+    except RuntimeError as error:
+        raise ValueError(f"topology {topology}: {str(error).splitlines()[0]}") from None
 
 
 def compile_step(

@@ -64,6 +64,7 @@ class Program:
 
     def instructions(self) -> Iterator[tuple[int, str, str, str]]:
         """(executions, opcode, shape, line) of everything that runs, loops multiplied out."""
+        self._in_fusions = set()
         yield from self._walk(self._entry, 1)
 
     def cycles_by_part(self) -> dict[str, int]:
@@ -97,9 +98,21 @@ class Program:
             elif opcode == "call":
                 yield from self._walk(_called(line, "to_apply"), executions)
             elif opcode in ("fusion", "async-start"):
-                inside = self._walk(_called(line, "calls"), executions)
-                # The estimate stands at the fusion; what is inside is only looked at for exchanges.
-                yield from (x for x in inside if x[1].removesuffix("-start") in COLLECTIVES)
+                yield from self._exchanges_in(_called(line, "calls"), executions, shape, line)
+
+    def _exchanges_in(self, name, executions, shape, line):
+        """What a fusion exchanges; its cycles stand at the fusion itself."""
+        if name.startswith("all-reduce-scatter"):  # so TPUs write a reduce-scatter
+            yield executions, "reduce-scatter", shape, line
+            return
+        for found in self._walk(name, executions):
+            if found[1].removesuffix("-start") not in COLLECTIVES:
+                continue
+            # One that goes on beside several matmuls stands in the fusion of each of them.
+            channel = re.search(r"channel_id=\d+", found[3])
+            if not channel or channel[0] not in self._in_fusions:
+                yield found
+            self._in_fusions.add(channel and channel[0])
 
     def _trip_count(self, line):
         """How often a scan's loop runs: its condition compares a counter with a constant."""
