@@ -14,18 +14,17 @@ import os
 import sys
 from pathlib import Path
 
-os.environ |= {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nor a device to hold
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # whichever: libtpu complains where it finds none
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
-
+os.environ["JAX_PLATFORMS"] = "cpu"
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # config files import each other
 
 from absl import app, flags
-from compiled_step import CompiledStep, DoesNotFitError, compile_step, topology_devices
+from compiled_step import (
+    WITHOUT_A_TPU,
+    CompiledStep,
+    DoesNotFitError,
+    compile_step,
+    topology_devices,
+)
 from ml_collections import config_flags
 
 from perceiver_ar_jax.command_line import exit_code
@@ -58,6 +57,7 @@ def main(argv: list[str]) -> int:
 def compile_and_print() -> int:
     """0 if the step fits into the memory of the devices, 1 if not."""
     config = CONFIG.value
+    os.environ |= WITHOUT_A_TPU
     try:
         step = compile_step(
             PerceiverARConfig(**config.model.to_dict()),

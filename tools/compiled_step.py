@@ -24,6 +24,14 @@ from perceiver_ar_jax.parallel import (
 from perceiver_ar_jax.parallel.chips import Chip, chip_of
 from perceiver_ar_jax.training import Batch, OptimizerConfig, TrainState, make_optimizer, train_step
 
+# What libtpu must find in the environment on a machine that has no TPU.
+WITHOUT_A_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nor a device to hold
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # any: it complains where it finds none
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
 
 class DoesNotFitError(Exception):
     """The compiler found no room for the program; the message is the compiler's arithmetic."""
