@@ -47,6 +47,8 @@ def test_loss_and_gradients_stay_the_same(changes, params, expected):
     loss, gradients = loss_and_gradients(BASE.replace(**changes), params)
     np.testing.assert_allclose(loss, expected[0], rtol=1e-6)
 
+    # From a gradient in float64 all of them are as far (measured over 12 draws of the parameters):
+    # 4e-7 to 5e-7 in the mean over tensors, up to 6e-6 or 7e-6 in the worst.
     def assert_close(actual, gradient):
         np.testing.assert_allclose(actual, gradient, rtol=0, atol=5e-6 * np.abs(gradient).max())
 
