@@ -219,8 +219,9 @@ class _Run:
         )
         if self.compiled_step is None:
             self.compiled_step = self._compile(batch)
-        self.state, metrics = self.compiled_step(self.state, batch)
-        self._read_metrics()
+        with jax.transfer_guard("disallow"):  # nothing keeps a step waiting unseen
+            self.state, metrics = self.compiled_step(self.state, batch)
+            self._read_metrics()
         self.step += 1
         read_tokens = int((~arrays["pad_mask"]).sum()) * batch_share(self.mesh)[1]
         self.in_flight = self.step, metrics, read_tokens

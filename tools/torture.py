@@ -37,7 +37,7 @@ def main() -> int:
     options = parser.parse_args()
     shutil.rmtree(options.workdir, ignore_errors=True)
     cache = f"--config.compilation_cache={options.workdir.absolute() / 'compiled'}"
-    run = Run(options.command + ["--config.log_every=1", cache], options)
+    run = Run([*options.command, "--config.log_every=1", cache], options)
 
     straight, killed = options.workdir / "straight", options.workdir / "killed"
     if (code := run.to_end(straight)) != 0:

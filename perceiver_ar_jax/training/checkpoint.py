@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
@@ -126,7 +127,9 @@ class Checkpointer:
         _, (restored, data), skipped = self._newest_intact(read)
         state = like.replace(params=restored["params"], **restored["train"])
         if like.ema_params is not None:
-            state = state.replace(ema_params=restored.get("ema", restored["params"]))
+            # A copy: one array at two places of a state cannot be donated.
+            ema_params = restored.get("ema") or jax.tree.map(jnp.copy, restored["params"])
+            state = state.replace(ema_params=ema_params)
         return state, data, skipped
 
     def restore_params(self, like: Any, *, step: int | None = None) -> tuple[Any, int, list[str]]:
