@@ -78,7 +78,7 @@ SUM, GATHER, SCATTER = "all-reduce", "all-gather", "reduce-scatter"
         ("v5e:4x4", {"data": 4, "context": 4}, 1, {SUM, GATHER}),
         ("v5p:2x2x2", {"fsdp": 8}, 8, {SUM, GATHER}),
     ],
-    ids=str,
+    ids=["data", "fsdp", "data-fsdp-tensor", "context", "fsdp-of-v5p"],
 )
 def test_a_small_model_compiles_with_its_state_in_equal_parts(topology, mesh, shards, exchanges):
     step = compiled(topology, **mesh)
