@@ -29,6 +29,8 @@ NARROW = {
     "model.num_self_attention_layers": 2,
     "model.dtype": "float32",
     "model.residual_dropout": 0.1,
+    "mesh.data": 1,
+    "mesh.fsdp": -1,
     "optimizer.warmup_steps": 2,
     "optimizer.learning_rate": 1e-2,
     "optimizer.total_steps": 6,
