@@ -93,7 +93,10 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
     if arguments.prompt:
         return arguments.prompt
     if arguments.prompt_file:
-        return Path(arguments.prompt_file).read_text(encoding="utf-8").splitlines()
+        try:
+            return Path(arguments.prompt_file).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{arguments.prompt_file} is no UTF-8 text: {error}") from None
     return [sys.stdin.read().rstrip("\n")]
 
 

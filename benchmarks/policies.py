@@ -5,7 +5,7 @@
 Each row of the text begins with a prompt; the tokens after it are given to the policy one at a
 time, as `generate` gives it the tokens it chose, and each is scored by what the caches predicted.
 Prints nats per token in stretches of the row: latents left; latents used up, all tokens still in
-the window of max_seq_len; and then every max_latents tokens. `above_recompute` are differences to
+the window of max_seq_len; and then half a window each. `above_recompute` are differences to
 the exact policy on the same tokens, each with its standard error over the rows.
 """
 
@@ -90,7 +90,7 @@ def stretches_of(args, config) -> list[tuple[int, int]]:
     """First and last new token of each stretch; what predicts token t has read the t - 1 before."""
     used_up = config.max_latents - args.num_latents + 1
     window_full = config.max_seq_len - args.prompt + 1
-    ends = {used_up, *range(window_full, args.new, config.max_latents), args.new}
+    ends = {used_up, *range(window_full, args.new, config.max_seq_len // 2), args.new}
     ends = sorted(min(end, args.new) for end in ends)
     return [(first + 1, last) for first, last in itertools.pairwise([0, *ends]) if first < last]
 

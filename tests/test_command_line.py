@@ -86,6 +86,13 @@ def test_sample_says_in_one_line_what_is_wrong(model_folder, arguments, words):
     assert len(result.stderr.strip().splitlines()) == 1
 
 
+def test_a_prompt_file_that_is_no_text_is_named(model_folder, tmp_path):
+    (tmp_path / "prompts").write_bytes(b"\xff\xfe")
+    result = run("sample.py", "--model", model_folder, "--prompt_file", tmp_path / "prompts")
+    assert result.returncode == 2
+    assert f"{tmp_path / 'prompts'} is no UTF-8 text" in result.stderr
+
+
 def test_a_model_that_is_not_there_is_named(tmp_path):
     for command in (("sample.py", "--prompt", "x"), ("evaluate.py", "--text", "x")):
         result = run(*command, "--model", tmp_path / "nothing")

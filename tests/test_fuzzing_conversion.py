@@ -40,8 +40,13 @@ WEIGHTS = {
     "v": np.ones((2, 2), np.float32).astype(ml_dtypes.bfloat16),
     "step": np.array(7),
 }
-for encoding in ("cp437", "utf-8-sig", "utf-16-be", "utf-16-le", "utf-32-be", "utf-32-le"):
-    codecs.lookup(encoding)  # imports a module the first time; zip archives and JSON may ask for it
+# Codecs that zip archives, JSON and pickles may ask for: the first time, they are imported.
+UNICODE = [
+    "utf-8-sig",
+    *(f"utf-{bits}{order}" for bits in (16, 32) for order in ("", "-be", "-le")),
+]
+for codec in ("cp437", "raw-unicode-escape", *UNICODE):
+    codecs.lookup(codec)
 FORBIDDEN = ("code.", "compile", "ctypes.", "exec", "import", "marshal.", "os.", "pickle.")
 FORBIDDEN += ("shutil.", "socket.", "subprocess.")
 events = None  # a list while the interpreter is watched
