@@ -1,0 +1,42 @@
+"""Runs that are killed again and again have the bits of runs that are not."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from small_runs import write_text
+
+
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        (["--kills=5"], {"data.num_workers": 2, "optimizer.skip_spikes": True}),
+        (["--kills=2", "--processes=2", "--devices=2"], {"mesh.fsdp": 2, "data.num_workers": 0}),
+        pytest.param(["--kills=100"], {"steps": 400, "ema_decay": 0.9}, marks=pytest.mark.slow),
+    ],
+    ids=["one process", "two processes of two devices", "a hundred kills"],
+)
+def test_kills_leave_no_trace_in_the_bits(options, settings, tmp_path):
+    settings = {
+        "data.text": write_text(tmp_path),
+        "steps": 60,
+        "checkpoint_every": 4,
+        "eval_every": 30,
+        "model.residual_dropout": 0.1,
+        "sample.max_new_tokens": 2,
+    } | settings
+    flags = [f"--config.{name}={value}" for name, value in settings.items()]
+    command = ["tools/torture.py", f"--workdir={tmp_path / 'runs'}", *options, "--"]
+    done = subprocess.run(
+        [sys.executable, *command, "--config=configs/tiny.py", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["same_bits"]
+    assert result["steps"] == settings["steps"]
+    assert f"--kills={result['kills']}" in options
