@@ -3,7 +3,8 @@
 Command:   python train.py --config=configs/c4_base_long.py --workdir=gs://BUCKET/c4_base_long \\
              --config.data.source=gs://BUCKET/tensorflow_datasets/c4/en/3.0.1 \\
              --config.data.tokenizer=spiece.model
-Hardware:  a pod of 256 TPU chips, one window a chip
+Hardware:  256 TPU chips, one window a chip
+Memory:    1.5 GiB a chip on v5e, by tools/compile_ahead.py (docs/tpu_pods.md)
 Expected:  not yet run; no figure is published for this length
 
 As c4_base, but windows of 32,768 positions, documents joined until they are full. Half of the
@@ -19,6 +20,5 @@ def get_config():
     config.batch_size = 256
     config.model.max_seq_len = 32_768
     config.model.cross_attention_dropout = 0.5
-    config.model.max_heads_parallel = 2
     config.data.min_seq_len = 16_384
     return config

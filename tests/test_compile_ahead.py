@@ -104,7 +104,7 @@ def test_what_context_devices_exchange_hardly_grows_with_the_prefix():
 def test_c4_base_without_remat_is_refused_for_lack_of_memory():
     config = PerceiverARConfig.clm_base(dtype="bfloat16", scan_layers=True)
     with pytest.raises(DoesNotFitError, match="RESOURCE_EXHAUSTED"):
-        compiled("v5e:16x16", config, batch_size=2048, data=256)
+        compiled("v5e:8x16", config, batch_size=2048, data=8, fsdp=16)
 
 
 @pytest.mark.parametrize(
