@@ -1,0 +1,82 @@
+"""What checkpoints cost: checksums per GB, and saving and restoring the state of a model.
+
+python benchmarks/checkpoints.py [--rounds=3]
+
+Prints JSON: medians of wall-clock seconds, each beside a plain zlib.crc32 and a plain write of as
+many bytes in the same minute. The state is that of bytes_small with AdamW, 367 MB.
+"""
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import tempfile
+import time
+import zlib
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from perceiver_ar_jax import PerceiverAR, PerceiverARConfig
+from perceiver_ar_jax.model import init_params
+from perceiver_ar_jax.training import OptimizerConfig, TrainState, make_optimizer
+from perceiver_ar_jax.training.checkpoint import Checkpointer
+from perceiver_ar_jax.training.checksums import checksums
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    rounds = parser.parse_args().rounds
+    model = PerceiverAR(PerceiverARConfig.bytes_small())
+    create = functools.partial(TrainState.create, tx=make_optimizer(OptimizerConfig()))
+    state = jax.jit(lambda: create(params=init_params(model, jax.random.key(0))))()
+    num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    checksums(state)  # compiled
+    seconds = {
+        name: [] for name in ("checksums", "crc32", "save_blocks", "save", "restore", "write")
+    }
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            measure(state, Path(folder), seconds)
+    medians = {name: round(statistics.median(times), 3) for name, times in seconds.items()}
+    per_gb = {name: round(medians[name] / (num_bytes / 1e9), 3) for name in ("checksums", "crc32")}
+    print(json.dumps({"bytes": num_bytes, "seconds": medians, "seconds_per_gb": per_gb}, indent=2))
+
+
+def measure(state: TrainState, folder: Path, seconds: dict[str, list[float]]) -> None:
+    """One round; adds its times."""
+
+    def timed(name, function):
+        start = time.perf_counter()
+        result = function()
+        seconds[name].append(time.perf_counter() - start)
+        return result
+
+    leaves = [np.asarray(leaf).reshape(-1).view(np.uint8) for leaf in jax.tree.leaves(state)]
+    timed("checksums", lambda: checksums(state))
+    timed("crc32", lambda: [zlib.crc32(leaf) for leaf in leaves])
+    checkpointer = Checkpointer(folder / "checkpoints")
+    start = time.perf_counter()
+    timed("save_blocks", lambda: checkpointer.save(state, {}))
+    checkpointer.wait()
+    seconds["save"].append(time.perf_counter() - start)
+    timed("restore", lambda: jax.block_until_ready(checkpointer.restore(state)[0]))
+    checkpointer.close()
+    timed("write", lambda: plain_write(folder / "plain", leaves))
+
+
+def plain_write(path: Path, leaves: list[np.ndarray]) -> None:
+    """The same bytes to the same disk."""
+    with path.open("wb") as file:
+        for leaf in leaves:
+            file.write(leaf)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+if __name__ == "__main__":
+    main()
