@@ -7,6 +7,7 @@ The same command again resumes. Exit codes: 0 done, 2 bad input, 3 loss or gradi
 import difflib
 import sys
 from collections.abc import Iterator
+from logging import getLogger
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -21,6 +22,8 @@ flags.mark_flag_as_required("config")
 def main(argv: list[str]) -> int:
     """Runs with the parsed flags; returns the exit code."""
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step it takes
+    # What goes wrong while Orbax reads or writes is told in one line; asyncio would add dozens.
+    getLogger("asyncio").setLevel("CRITICAL")
     if len(argv) > 1:
         return fail("train.py", f"unexpected argument {argv[1]!r}", BAD_INPUT)
     from perceiver_ar_jax import train_loop  # here, so that --help and typing errors cost nothing
@@ -33,8 +36,8 @@ def _parse(argv: list[str]) -> list[str]:
         argv = flags.FLAGS(argv)
         CONFIG.value.seed  # noqa: B018  a file that did not load says so only when it is used
         return argv
-    except AttributeError:
-        sys.exit(fail("train.py", _unknown_setting(argv), BAD_INPUT))
+    except (LookupError, AttributeError, TypeError, ValueError) as error:  # by ml_collections
+        sys.exit(fail("train.py", _unknown_setting(argv) or error, BAD_INPUT))
     except flags.Error as error:
         sys.exit(fail("train.py", error, BAD_INPUT))
     except OSError:
@@ -42,13 +45,15 @@ def _parse(argv: list[str]) -> list[str]:
         sys.exit(fail("train.py", f"cannot read the config file {file}", BAD_INPUT))
 
 
-def _unknown_setting(argv: list[str]) -> str:
-    """Which override names no setting, and the nearest one that there is."""
+def _unknown_setting(argv: list[str]) -> str | None:
+    """Which override names no setting, and the nearest one that there is; None if all do."""
     from perceiver_ar_jax.run_config import default_config
 
     known = list(_names(default_config(), "config"))
     given = (x.lstrip("-").split("=")[0] for x in argv if x.startswith("--config."))
-    unknown = next(name for name in given if name not in known)
+    unknown = next((name for name in given if name not in known), None)
+    if unknown is None:
+        return None
     nearest = difflib.get_close_matches(unknown, known, n=1, cutoff=0)[0]
     return f"there is no setting {unknown}; the nearest is {nearest}"
 

@@ -126,7 +126,7 @@ def test_every_file_of_a_step_is_of_a_kind_that_is_damaged_below(saved):
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "metrics/metrics"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_damaged_file_gives_the_saved_bits_or_the_step_before(kind, damage, saved, tmp_path):
     for i, file in enumerate(sorted(path for path in (saved / "2").glob(kind) if path.is_file())):
         folder = shutil.copytree(saved, tmp_path / str(i))
@@ -171,6 +171,16 @@ def test_a_save_that_was_killed_leaves_the_step_before(copy):
     (copy / "3.orbax-checkpoint-tmp/params/d").rename(copy / "3.orbax-checkpoint-tmp/params/e")
     (state, data, skipped), _ = restore(copy)
     assert (int(state.step), data, skipped) == (2, saved_data(2), [])
+
+
+def test_a_run_saves_on_beside_a_step_whose_metrics_are_damaged(copy):
+    file = copy / "2" / "metrics" / "metrics"
+    file.write_bytes(file.read_bytes().replace(b"loss", b"lost"))
+    checkpointer = Checkpointer(copy, keep_best=True)
+    for step in (3, 4):
+        checkpointer.save(saved_state(step), saved_data(step), eval_loss=1.0 / step)
+    checkpointer.close()
+    assert checkpointer.steps()[-2:] == [3, 4]
 
 
 def test_a_file_named_like_a_step_does_not_hide_the_steps(copy):

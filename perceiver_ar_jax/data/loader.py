@@ -222,5 +222,6 @@ def _fingerprint(config: DataConfig, tokenizer, source, global_batch: int) -> di
         "seed": config.seed,
         "shuffle": config.shuffle,
         "repeat": config.repeat,
+        "respect_documents": config.respect_documents,
         "global_batch_size": global_batch,
     }

@@ -56,6 +56,7 @@ class Checkpointer:
     ):
         self.directory = epath.Path(directory).resolve()
         self.directory.mkdir(parents=True, exist_ok=True)
+        on_first(lambda: _drop_unreadable_metrics(self.directory))
         kept = [checkpoint_managers.LatestN(keep_last)]
         if keep_every:
             kept.append(checkpoint_managers.EveryNSteps(keep_every))
@@ -284,6 +285,18 @@ def _shapes(tree) -> list[tuple[str, str]]:
         )
         for path, leaf in leaves
     ]
+
+
+def _drop_unreadable_metrics(directory) -> None:
+    """Orbax reads the metrics of all steps when it starts, and one damaged file would stop it.
+
+    Without them a step counts as none of the best, and is restored all the same.
+    """
+    for file in directory.glob("*/metrics/metrics"):
+        try:
+            float(_eval_loss(json.loads(file.read_bytes())))
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            file.unlink()
 
 
 def _eval_loss(metrics) -> float:
