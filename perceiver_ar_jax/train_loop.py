@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from perceiver_ar_jax import data
@@ -70,7 +71,7 @@ def run(config: ConfigDict, workdir: str | Path) -> int:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     mesh = make_mesh(settings.mesh)
     check_batch_size(config.batch_size, mesh, config.microbatches)
-    workdir = Path(workdir)
+    workdir = epath.Path(workdir)
     with contextlib.ExitStack() as stack:
         on_first(lambda: stack.enter_context(claimed(workdir)))
         stack.enter_context(use_mesh(mesh))
@@ -129,7 +130,8 @@ class _Run:
             self.saved = int(self.state.step)
             self.checkpointer.put_aside_after(self.saved)
         elif config.resume_from:
-            self._restore(Checkpointer(Path(config.resume_from) / CHECKPOINTS_FOLDER), abstract)
+            other = epath.Path(config.resume_from) / CHECKPOINTS_FOLDER
+            self._restore(Checkpointer(other), abstract)
         elif initial_params is not None:
             placed = _placed(initial_params, self.shardings.params)
             self.state = jax.jit(

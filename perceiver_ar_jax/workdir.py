@@ -6,15 +6,16 @@ import json
 import platform
 import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
 from perceiver_ar_jax._version import __version__
 from perceiver_ar_jax.config import PerceiverARConfig
 from perceiver_ar_jax.data.loader import differing_entries
 from perceiver_ar_jax.pretrained import CONFIG_FILE, TOKENIZER_FOLDER, write_description
+from perceiver_ar_jax.training.metrics import is_remote
 
 # What may change from one start of a run to the next: how to compute, not what.
 HOW_TO_COMPUTE = (
@@ -37,13 +38,16 @@ HOW_TO_TRAIN = (
 
 
 @contextlib.contextmanager
-def claimed(workdir: Path) -> Iterator[None]:
+def claimed(workdir: epath.Path) -> Iterator[None]:
     """Makes the folder and holds it for this run.
 
     Raises:
       ValueError: another run holds it.
     """
     workdir.mkdir(parents=True, exist_ok=True)
+    if is_remote(workdir):  # a bucket has no locks
+        yield
+        return
     with (workdir / "lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -52,9 +56,9 @@ def claimed(workdir: Path) -> Iterator[None]:
         yield
 
 
-def stored_frequencies(workdir: Path) -> list[float] | None:
+def stored_frequencies(workdir: epath.Path) -> list[float] | None:
     """The rotary frequencies that a run took over with its first weights, if it did."""
-    if not (workdir / CONFIG_FILE).is_file():
+    if not (workdir / CONFIG_FILE).exists():
         return None
     return _stored(workdir)["model"].get("rotary_inv_freq")
 
@@ -70,7 +74,7 @@ def check_same_model(source: str, theirs: PerceiverARConfig, ours: PerceiverARCo
 
 
 def describe(
-    workdir: Path, model: PerceiverARConfig, tokenizer: Any, run: Mapping[str, Any]
+    workdir: epath.Path, model: PerceiverARConfig, tokenizer: Any, run: Mapping[str, Any]
 ) -> list[str]:
     """Writes config, tokenizer and machine to a claimed folder.
 
@@ -81,7 +85,7 @@ def describe(
       ValueError: the folder is that of another model or tokenizer; says how they differ.
     """
     changed = []
-    if (workdir / CONFIG_FILE).is_file():
+    if (workdir / CONFIG_FILE).exists():
         old = _stored(workdir)
         fields = _without(model, HOW_TO_COMPUTE)
         different = differing_entries({name: old["model"].get(name) for name in fields}, fields)
@@ -110,7 +114,7 @@ def _without(config: PerceiverARConfig, names: tuple[str, ...]) -> dict[str, Any
     return {name: x for name, x in config.to_dict().items() if name not in names}
 
 
-def _stored(workdir: Path) -> dict[str, Any]:
+def _stored(workdir: epath.Path) -> dict[str, Any]:
     try:
         return json.loads((workdir / CONFIG_FILE).read_text())
     except ValueError as error:

@@ -9,13 +9,18 @@ from urllib.parse import unquote
 
 import fsspec
 import pytest
+from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
+from perceiver_ar_jax import PerceiverARConfig
 from perceiver_ar_jax.data import DataConfig, load_tokenizer, make_loader
 from perceiver_ar_jax.data.sources import open_source
 from perceiver_ar_jax.data.tfds_convert import to_tfrecord
 from perceiver_ar_jax.data.tfds_writer import Document, write_dataset
 from perceiver_ar_jax.data.tokenizer import ByteTokenizer, train_sentencepiece
+from perceiver_ar_jax.training.goodput import Goodput
+from perceiver_ar_jax.training.metrics import MetricsWriter
+from perceiver_ar_jax.workdir import claimed, describe
 
 TEXTS = [f"document {i} " * (i + 1) for i in range(20)]
 
@@ -132,3 +137,20 @@ def test_what_is_not_there_is_named_by_its_address(bucket):
         open_source("gs://bucket/nowhere", "train")
     with pytest.raises(ValueError, match=r"no tokenizer at gs://bucket/x\.model: "):
         load_tokenizer("gs://bucket/x.model")
+
+
+def test_what_a_run_writes_beside_its_checkpoints_may_lie_in_a_bucket(bucket):
+    workdir = epath.Path("gs://bucket/run")
+    tokenizer = ByteTokenizer()
+    with claimed(workdir):
+        assert describe(workdir, PerceiverARConfig(), tokenizer, {"steps": 1}) == []
+        assert describe(workdir, PerceiverARConfig(), tokenizer, {"steps": 2}) == ["steps: 1 -> 2"]
+    for step in (1, 2):  # two starts of one run
+        writer = MetricsWriter(workdir)
+        writer.write(step, {"train/loss": 2.5})
+        writer.close()
+        goodput = Goodput(workdir / "goodput.json", step=step, productive=0.0)
+        assert goodput.metrics(step)["perf/lost_steps"] == 0
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+    assert goodput.starts == 2

@@ -2,7 +2,8 @@
 
 import json
 import time
-from pathlib import Path
+
+from etils import epath
 
 
 class Goodput:
@@ -17,7 +18,7 @@ class Goodput:
       productive: seconds of productive steps until then, as the checkpoint says.
     """
 
-    def __init__(self, file: Path | None, *, step: int, productive: float):
+    def __init__(self, file: epath.Path | None, *, step: int, productive: float):
         before = {"step": step, "alive_seconds": 0.0, "lost_steps": 0, "starts": 0}
         if file is not None and file.is_file():
             before |= json.loads(file.read_text())
@@ -37,7 +38,7 @@ class Goodput:
                 "lost_steps": self.lost_steps,
                 "starts": self.starts,
             }
-            new = self._file.with_suffix(".new")
+            new = self._file.with_suffix(".new")  # so that a kill leaves the old or the new
             new.write_text(json.dumps(state) + "\n")
             new.replace(self._file)
         return {"perf/goodput": self.productive / alive, "perf/lost_steps": self.lost_steps}

@@ -5,26 +5,38 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import BinaryIO
 
 import rich.progress
+from etils import epath
 
 
 class MetricsWriter:
-    """Appends to `metrics.jsonl`, the source of truth, and to `tensorboard/`."""
+    """Appends to `metrics.jsonl`, the source of truth, and to `tensorboard/`.
 
-    def __init__(self, workdir: Path):
-        from tensorboardX import SummaryWriter
+    In a bucket (gs://), where nothing can be appended, the first is written anew with each line,
+    and there is no second.
+    """
 
-        self._file = (workdir / "metrics.jsonl").open("a+b")
-        _drop_cut_line(self._file)
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"))
+    def __init__(self, workdir: epath.Path):
+        self._path = workdir / "metrics.jsonl"
+        text = self._path.read_bytes() if self._path.exists() else b""
+        self._text = text[: text.rfind(b"\n") + 1]  # a run that was killed may have cut a line
+        self._path.write_bytes(self._text)
+        self._file = self._tensorboard = Silent()
+        if not is_remote(workdir):
+            from tensorboardX import SummaryWriter
+
+            self._file = open(self._path, "ab")  # noqa: SIM115  closed by `close`
+            self._tensorboard = SummaryWriter(str(workdir / "tensorboard"))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line, {"step": …, "train/loss": …}; numbers that are not finite become strings."""
         line = {name: x if math.isfinite(x) else str(x) for name, x in values.items()}
-        self._file.write(json.dumps({"step": step, **line}).encode() + b"\n")
+        encoded = json.dumps({"step": step, **line}).encode() + b"\n"
+        if is_remote(self._path):
+            self._text += encoded
+            self._path.write_bytes(self._text)
+        self._file.write(encoded)
         self._file.flush()
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
@@ -39,11 +51,9 @@ class MetricsWriter:
         self._tensorboard.close()
 
 
-def _drop_cut_line(file: BinaryIO) -> None:
-    """A run that was killed may have left the beginning of a line."""
-    file.seek(0)
-    whole = file.read().rfind(b"\n") + 1
-    file.truncate(whole)
+def is_remote(path: epath.Path) -> bool:
+    """Whether a path is one of a bucket."""
+    return "://" in str(path)
 
 
 class Progress:
@@ -84,7 +94,7 @@ class Progress:
 
 
 class Silent:
-    """Takes every call and does nothing: what all processes but the first write to."""
+    """Takes every call and does nothing: where there is nobody to tell."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args: None

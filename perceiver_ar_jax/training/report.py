@@ -3,11 +3,11 @@
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import optax
+from etils import epath
 
 from perceiver_ar_jax.training.goodput import Goodput
 from perceiver_ar_jax.training.metrics import MetricsWriter, Progress, Silent
@@ -37,7 +37,7 @@ class Report:
 
     def __init__(
         self,
-        workdir: Path,
+        workdir: epath.Path,
         *,
         step: int,
         total_steps: int,
