@@ -40,7 +40,7 @@ JSON = flags.DEFINE_string("json", None, "Where to write the figures as JSON.")
 QUICK = flags.DEFINE_boolean("quick", False, "Compile for memory and exchanges only, faster.")
 flags.mark_flags_as_required(["config", "topology"])
 
-# Half the time; memory comes out 7 to 10 % lower and cycles 20 to 50 % higher than in a real run.
+# Half the time; memory is then up to 10 % off, and cycles are 20 to 70 % more than in a real run.
 QUICK_OPTIONS = {"optimization_level": 1}
 
 LEFT_OUT = (
