@@ -64,8 +64,7 @@ class Program:
 
     def instructions(self) -> Iterator[tuple[int, str, str, str]]:
         """(executions, opcode, shape, line) of everything that runs, loops multiplied out."""
-        self._in_fusions = set()
-        yield from self._walk(self._entry, 1)
+        yield from self._walk(self._entry, 1, set())
 
     def cycles_by_part(self) -> dict[str, int]:
         """The compiler's estimate for one step, by part, most first; collectives are not in it."""
@@ -90,29 +89,32 @@ class Program:
         found = [Collective(*key, times[key], sizes[key]) for key in times]
         return sorted(found, key=lambda collective: -collective.total_bytes)
 
-    def _walk(self, name, executions):
+    def _walk(self, name, executions, channels):
         for opcode, shape, line in self._computations[name]:
             yield executions, opcode, shape, line
             if opcode == "while":
-                yield from self._walk(_called(line, "body"), executions * self._trip_count(line))
+                times = executions * self._trip_count(line)
+                yield from self._walk(_called(line, "body"), times, channels)
             elif opcode == "call":
-                yield from self._walk(_called(line, "to_apply"), executions)
+                yield from self._walk(_called(line, "to_apply"), executions, channels)
             elif opcode in ("fusion", "async-start"):
-                yield from self._exchanges_in(_called(line, "calls"), executions, shape, line)
+                yield from self._exchanges_in(line, executions, shape, channels)
 
-    def _exchanges_in(self, name, executions, shape, line):
-        """What a fusion exchanges; its cycles stand at the fusion itself."""
-        if name.startswith("all-reduce-scatter"):  # so TPUs write a reduce-scatter
+    def _exchanges_in(self, line, executions, shape, channels):
+        """What a fusion exchanges, but for the channels met before; its cycles stand at itself."""
+        fusion = _called(line, "calls")
+        if fusion.startswith("all-reduce-scatter"):  # so TPUs write a reduce-scatter
             yield executions, "reduce-scatter", shape, line
             return
-        for found in self._walk(name, executions):
-            if found[1].removesuffix("-start") not in COLLECTIVES:
-                continue
-            # One that goes on beside several matmuls stands in the fusion of each of them.
-            channel = re.search(r"channel_id=\d+", found[3])
-            if not channel or channel[0] not in self._in_fusions:
-                yield found
-            self._in_fusions.add(channel and channel[0])
+        for opcode, shape, line in self._computations[fusion]:
+            if opcode in ("fusion", "async-start"):
+                yield from self._exchanges_in(line, executions, shape, channels)
+            elif opcode.removesuffix("-start") in COLLECTIVES:
+                # An exchange beside several matmuls stands in the fusion of each of them.
+                channel = re.search(r"channel_id=\d+", line)
+                if channel is None or channel[0] not in channels:
+                    yield executions, opcode, shape, line
+                channels.add(channel and channel[0])
 
     def _trip_count(self, line):
         """How often a scan's loop runs: its condition compares a counter with a constant."""
