@@ -12,6 +12,7 @@ from conftest import ROOT
 from small_runs import losses, small_run, write_text
 
 from perceiver_ar_jax import load_pretrained, train_loop
+from perceiver_ar_jax.training.checkpoint import SaveError
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,25 @@ def test_a_full_disk_stops_the_run_with_one_line_and_the_step_before_intact(text
     assert "cannot save a checkpoint in" in ours[0]
     assert steps_kept(tmp_path) == [6]
     assert load_pretrained(tmp_path).step == 6
+
+
+def test_a_folder_that_cannot_be_written_any_more_stops_the_run(text, tmp_path, monkeypatch):
+    folder, aside = tmp_path / "checkpoints", tmp_path / "aside"
+    take_step = train_loop._Run._take_step
+
+    def interrupted(self):
+        take_step(self)
+        if self.step == 3:
+            self.checkpointer.wait()
+            folder.rename(aside)
+            folder.write_text("in the way")  # permissions would not stop root
+
+    monkeypatch.setattr(train_loop._Run, "_take_step", interrupted)
+    with pytest.raises(SaveError, match="cannot save a checkpoint in"):
+        train_loop.run(small_run(text, checkpoint_every=2), tmp_path)
+    folder.unlink()
+    aside.rename(folder)
+    assert load_pretrained(tmp_path).step == 2
 
 
 @pytest.mark.parametrize("moment", ["_compile", "_evaluate", "_save"])

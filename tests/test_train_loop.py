@@ -134,6 +134,16 @@ def test_a_bad_config_is_refused_before_anything_is_written(text, tmp_path, chan
     assert not (tmp_path / "run").exists()
 
 
+def test_all_problems_of_a_config_are_told_at_once(text, tmp_path):
+    config = small_run(text, steps=0, ema_decay=2.0, model={"num_heads": 5}, init_from="a")
+    config.resume_from = "b"
+    config.data.source = "also given"
+    with pytest.raises(ValueError) as told:
+        train_loop.run(config, tmp_path / "run")
+    for words in ("steps must", "ema_decay must", "num_heads", "exclude", "one of data.source"):
+        assert words in str(told.value)
+
+
 @pytest.mark.parametrize(
     ("flag", "words"),
     [

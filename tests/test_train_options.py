@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import stat
 from pathlib import Path
 
 import jax
@@ -15,7 +13,7 @@ from small_runs import losses, metrics, small_run, write_text
 from perceiver_ar_jax import load_pretrained, train_loop
 from perceiver_ar_jax.pretrained import save_pretrained
 from perceiver_ar_jax.training import step as step_file
-from perceiver_ar_jax.training.checkpoint import SaveError
+from perceiver_ar_jax.training.checkpoint import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +89,7 @@ def test_a_run_that_averages_its_weights_is_judged_by_the_average(text, tmp_path
     assert train_loop.run(config, tmp_path) == train_loop.DONE
     averaged = load_pretrained(tmp_path).params
     shutil.rmtree(tmp_path / "checkpoints/6/ema")
-    with pytest.raises(train_loop.Checkpointer.__init__.__globals__["CheckpointError"]):
+    with pytest.raises(CheckpointError):
         load_pretrained(tmp_path)
     assert np.isfinite(averaged["output_bias"]).all()
 
@@ -204,12 +202,3 @@ def test_goodput_adds_up_over_starts(text, straight, tmp_path):
     line = metrics(workdir)[-2]
     assert line["perf/lost_steps"] == 6
     assert 0 < line["perf/goodput"] < 1
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_made_unwritable_stops_the_run(text, straight, tmp_path):
-    workdir = tmp_path / "run"
-    shutil.copytree(straight, workdir)
-    (workdir / "checkpoints").chmod(stat.S_IRUSR | stat.S_IXUSR)
-    with pytest.raises(SaveError):
-        train_loop.run(small_run(text, steps=18), workdir)

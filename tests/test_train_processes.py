@@ -96,6 +96,16 @@ def test_two_processes_of_four_devices_have_the_losses_of_one_of_eight(flags, st
     assert json.loads((tmp_path / "env.json").read_text())["processes"] == 2
 
 
+def test_a_run_goes_on_on_other_numbers_of_devices_and_processes(flags, straight, tmp_path):
+    """From 1 device to 2 processes of 2 to the 8 of this process; checksums hold the bits."""
+    for steps, processes, devices in ((2, 1, 1), (4, 2, 2)):
+        until = [*flags, f"--config.steps={steps}"]
+        codes, said = wait(start_processes(tmp_path, until, processes=processes, devices=devices))
+        assert codes == [0] * processes, said
+    assert train_loop.run(config_of(flags), tmp_path) == train_loop.DONE
+    assert_same_losses(tmp_path, straight)
+
+
 def test_sigterm_to_one_of_two_ends_both_at_one_step_and_one_process_goes_on(
     flags, straight, tmp_path
 ):

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from perceiver_ar_jax.parallel import on_first
+from perceiver_ar_jax.parallel import is_first, on_first
 from perceiver_ar_jax.training.checksums import checksums
 from perceiver_ar_jax.training.state import TrainState
 
@@ -182,6 +182,7 @@ class Checkpointer:
 
     def _save(self, step, arrays, data, eval_loss):
         self._or_save_error(self._manager.check_for_errors)
+        self._or_save_error(self._check_writable)
         contents = {name: _contents(item) for name, item in arrays.items()}
         contents["data"] = _crc(data)
         items = {name: ocp.args.PyTreeSave(item) for name, item in arrays.items()}
@@ -193,6 +194,13 @@ class Checkpointer:
             args=ocp.args.Composite(**items),
             metrics={"eval/loss": eval_loss},
         )
+
+    def _check_writable(self):
+        """Orbax would wait for minutes for a directory that cannot be made."""
+        if is_first():
+            probe = self.directory / "writable"
+            probe.write_bytes(b"")
+            probe.unlink()
 
     def _or_save_error(self, function, *args, **options):
         try:
