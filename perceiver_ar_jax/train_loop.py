@@ -67,6 +67,8 @@ def run(config: ConfigDict, workdir: str | Path) -> int:
     settings = Settings.from_config(config)
     tokenizer = data.load_tokenizer(config.data.tokenizer, vocab_size=settings.model.vocab_size)
     join_processes()
+    facts = {"config": _sha256(_plain(config)), "tokenizer": tokenizer.sha256}
+    check_agreement({"version": __version__, **facts})
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     mesh = make_mesh(settings.mesh)
@@ -96,8 +98,7 @@ class _Run:
         if frequencies and model_config.rotary_inv_freq is None:
             model_config = model_config.replace(rotary_inv_freq=frequencies)
         self.model = PerceiverAR(model_config)
-        run_config = json.loads(config.to_json_best_effort())
-        changed = on_first(lambda: describe(workdir, model_config, tokenizer, run_config))
+        changed = on_first(lambda: describe(workdir, model_config, tokenizer, _plain(config)))
         for line in changed:
             _say(f"changed since the last start: {line}")
 
@@ -141,16 +142,9 @@ class _Run:
             self.state = jax.jit(fresh, out_shardings=self.shardings)()
         self.step = int(self.state.step)
 
-        # 5. Every process is to run the same.
-        check_agreement(
-            {
-                "version": __version__,
-                "config": _sha256(run_config),
-                "tokenizer": tokenizer.sha256,
-                "step to go on from": self.step,
-                "data": _sha256(self.loader.fingerprint),
-            }
-        )
+        # 5. Every process is to do the same.
+        fingerprint = _sha256(self.loader.fingerprint)
+        check_agreement({"step to go on from": self.step, "data": fingerprint})
 
         # 6. What a step is, and who tells of it.
         self.to_device = functools.partial(to_global, mesh=mesh)
@@ -194,11 +188,9 @@ class _Run:
                 self._save()
             self.checkpointer.close()
         except NonFiniteError as error:
-            steps = self.checkpointer.steps()
-            good = (
-                f"the last good checkpoint is step {steps[-1]}" if steps else "none was saved yet"
-            )
-            print(f"train.py: {error}; {good}", file=sys.stderr)
+            self.checkpointer.close()
+            good = max(self.checkpointer.steps(), default="none")
+            _say(f"train.py: {error}; last good checkpoint: {good}", file=sys.stderr)
             return NON_FINITE
         finally:
             self.report.close()
@@ -315,6 +307,10 @@ def _placed(params, shardings):
 def _distinct(states):
     """Processes that feed the same rows have the same state."""
     return list({state["first_row"]: state for state in states}.values())
+
+
+def _plain(config: ConfigDict) -> dict[str, Any]:
+    return json.loads(config.to_json_best_effort())
 
 
 def _sha256(value: Any) -> str:
