@@ -14,7 +14,12 @@ from etils import epath
 from perceiver_ar_jax._version import __version__
 from perceiver_ar_jax.config import PerceiverARConfig
 from perceiver_ar_jax.data.loader import differing_entries
-from perceiver_ar_jax.pretrained import CONFIG_FILE, TOKENIZER_FOLDER, write_description
+from perceiver_ar_jax.pretrained import (
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    TOKENIZER_FOLDER,
+    write_description,
+)
 from perceiver_ar_jax.training.metrics import is_remote
 
 # What may change from one start of a run to the next: how to compute, not what.
@@ -58,7 +63,7 @@ def claimed(workdir: epath.Path) -> Iterator[None]:
 
 def stored_frequencies(workdir: epath.Path) -> list[float] | None:
     """The rotary frequencies that a run took over with its first weights, if it did."""
-    if not (workdir / CONFIG_FILE).exists():
+    if not _has_checkpoints(workdir):
         return None
     return _stored(workdir)["model"].get("rotary_inv_freq")
 
@@ -91,7 +96,7 @@ def describe(
         different = differing_entries({name: old["model"].get(name) for name in fields}, fields)
         if old["tokenizer_sha256"] != tokenizer.sha256:
             different.append("the tokenizer's sha256")
-        if different:
+        if different and _has_checkpoints(workdir):
             raise ValueError(f"{workdir} belongs to another model: {'; '.join(different)}")
         changed = differing_entries(_flat(old.get("run", {})), _flat(run))
     (workdir / TOKENIZER_FOLDER).mkdir(exist_ok=True)
@@ -108,6 +113,11 @@ def describe(
     }
     (workdir / "env.json").write_text(json.dumps(environment, indent=2) + "\n")
     return changed
+
+
+def _has_checkpoints(workdir: epath.Path) -> bool:
+    folder = workdir / CHECKPOINTS_FOLDER
+    return folder.exists() and any(folder.iterdir())
 
 
 def _without(config: PerceiverARConfig, names: tuple[str, ...]) -> dict[str, Any]:

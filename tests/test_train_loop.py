@@ -174,6 +174,13 @@ def test_another_model_in_the_workdir_is_refused_with_the_fields(text, straight)
     assert (straight / "config.json").read_text() == before
 
 
+def test_a_start_that_failed_binds_nobody(text, tmp_path):
+    with pytest.raises(ValueError, match="no data at"):
+        train_loop.run(small_run(tmp_path / "mistyped.txt"), tmp_path / "run")
+    config = small_run(text, steps=1, model={"num_channels": 64})
+    assert train_loop.run(config, tmp_path / "run") == train_loop.DONE
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(text, straight, tmp_path, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(straight, workdir)
