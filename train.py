@@ -12,8 +12,6 @@ from logging import getLogger
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from perceiver_ar_jax.command_line import BAD_INPUT, exit_code, fail
-
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config().")
 flags.mark_flag_as_required("config")
@@ -25,8 +23,9 @@ def main(argv: list[str]) -> int:
     # What goes wrong while Orbax reads or writes is told in one line; asyncio would add dozens.
     getLogger("asyncio").setLevel("CRITICAL")
     if len(argv) > 1:
-        return fail("train.py", f"unexpected argument {argv[1]!r}", BAD_INPUT)
-    from perceiver_ar_jax import train_loop  # here, so that --help and typing errors cost nothing
+        return _fail(f"unexpected argument {argv[1]!r}")
+    from perceiver_ar_jax import train_loop  # here, so that --help costs nothing
+    from perceiver_ar_jax.command_line import exit_code
 
     return exit_code("train.py", lambda: train_loop.run(CONFIG.value, WORKDIR.value))
 
@@ -37,12 +36,12 @@ def _parse(argv: list[str]) -> list[str]:
         CONFIG.value.seed  # noqa: B018  a file that did not load says so only when it is used
         return argv
     except (LookupError, AttributeError, TypeError, ValueError) as error:  # by ml_collections
-        sys.exit(fail("train.py", _unknown_setting(argv) or error, BAD_INPUT))
+        sys.exit(_fail(_unknown_setting(argv) or error))
     except flags.Error as error:
-        sys.exit(fail("train.py", error, BAD_INPUT))
+        sys.exit(_fail(error))
     except OSError:
         file = config_flags.get_config_filename(flags.FLAGS["config"])
-        sys.exit(fail("train.py", f"cannot read the config file {file}", BAD_INPUT))
+        sys.exit(_fail(f"cannot read the config file {file}"))
 
 
 def _unknown_setting(argv: list[str]) -> str | None:
@@ -63,6 +62,12 @@ def _names(config: ConfigDict, prefix: str) -> Iterator[str]:
         yield f"{prefix}.{name}"
         if isinstance(config.get(name), ConfigDict):
             yield from _names(config[name], f"{prefix}.{name}")
+
+
+def _fail(error: object) -> int:
+    from perceiver_ar_jax.command_line import BAD_INPUT, fail
+
+    return fail("train.py", error, BAD_INPUT)
 
 
 if __name__ == "__main__":
