@@ -80,6 +80,7 @@ def _run(arguments: argparse.Namespace) -> int:
         "policy": arguments.policy,
         "eos_token_id": tokenizer.eos_id,
         "pad_token_id": tokenizer.pad_id,
+        "vocab_size": tokenizer.vocab_size,
         "rng": jax.random.key(arguments.seed),
     }
     if len(prompts) == 1 and not arguments.json and arguments.num_beams == 1:

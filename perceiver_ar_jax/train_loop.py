@@ -336,6 +336,7 @@ def _sample(settings, model, params, tokenizer):
         top_k=settings.top_k,
         eos_token_id=tokenizer.eos_id,
         pad_token_id=tokenizer.pad_id,
+        vocab_size=tokenizer.vocab_size,
         rng=jax.random.key(0),
     )
     return tokenizer.decode(np.asarray(tokens)[0])

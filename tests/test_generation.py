@@ -128,6 +128,32 @@ def test_several_sequences_a_prompt_stand_together_and_differ(model, params):
     assert len(np.unique(tokens, axis=0)) == 6
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"policy": "reset"},
+        {"do_sample": True, "temperature": 5.0},
+        {"do_sample": True, "top_p": 0.9, "top_k": 30},
+        {"num_beams": 3, "eos_token_id": [1, 2]},
+        {"penalty_alpha": 0.6, "top_k": 4},
+    ],
+    ids=str,
+)
+def test_ids_that_the_tokenizer_lacks_are_never_chosen(model, params, options):
+    options = {"rng": jax.random.key(0), "max_new_tokens": 20, "num_latents": 2} | options
+    prompt = [[1, 2, 3], [4, 5]]
+    assert generate(model, params, prompt, **options)[:, 3:].max() > 4
+    generated = generate_with_log_probs(model, params, prompt, vocab_size=4, **options)
+    assert generated.tokens[:, 3:].max() < 4
+    assert np.isfinite(generated.log_probs).all()
+
+
+def test_a_vocabulary_larger_than_the_models_is_refused(model, params):
+    with pytest.raises(ValueError, match="vocab_size=51 exceeds the 50 ids of the model"):
+        generate(model, params, [[1]], vocab_size=51)
+
+
 def test_top_k_of_one_is_greedy(model, params):
     greedy = generate(model, params, [[1, 2, 3]])
     sampled = generate(model, params, [[1, 2, 3]], do_sample=True, top_k=1, rng=jax.random.key(0))
@@ -271,6 +297,8 @@ def test_prompts_of_any_length_compile_few_programs():
         ([[1]], {"num_beams": 2, "do_sample": True}, "beam search does not sample"),
         ([[1]], {"early_stopping": "soon"}, "early_stopping must be True, False or 'never'"),
         ([[1]], {"penalty_alpha": 0.5}, "penalty_alpha needs top_k"),
+        ([[1]], {"penalty_alpha": 0.5, "top_k": 51}, "top_k=51 candidates: .* only 50 token ids"),
+        ([[1]], {"num_beams": 2, "vocab_size": 1, "eos_token_id": 0}, "1 of 1 ids end a row"),
         ([[1]], {"penalty_alpha": 0.5, "top_k": 4, "num_beams": 2}, "neither do_sample nor num_b"),
     ],
 )

@@ -49,7 +49,7 @@ def generate(
       pad_mask: (B, S), True at the pads of a left-padded array.
       **options: how to continue, see `Options`: max_new_tokens, do_sample, temperature, top_k,
         top_p, min_p, repetition_penalty, penalty_alpha, num_beams, length_penalty,
-        early_stopping, num_return_sequences, eos_token_id, pad_token_id, policy, rng.
+        early_stopping, num_return_sequences, eos_token_id, pad_token_id, vocab_size, policy, rng.
 
     Raises:
       ValueError: if a length, a token id or an option is out of range.
@@ -73,7 +73,7 @@ def generate_with_log_probs(
 ) -> Generated:
     """`generate`, and the log-probability of each new token; 0 after a row's end.
 
-    It is the model's own, before penalty and filters.
+    It is the model's own, before penalty and filters, among the ids that may be chosen.
     """
     run = _Run(model, params, prompt, num_latents, pad_mask, Options.of(**options))
     progress = run.continue_until(run.begin(), run.options.max_new_tokens)
@@ -125,10 +125,12 @@ class _Run:
             prompt.check(model.config)
         else:
             prompt = prefill(model, params, prompt, num_latents=num_latents, pad_mask=pad_mask)
+        options.check_against(model.config)
         self.options = options
         self.prefilled = prompt
         self.embedding_DV = _transposed_embedding(params, model=model)
-        self.inputs = (params, self.embedding_DV, options.method, options.ending)
+        num_ids = np.int32(options.vocab_size or model.config.vocab_size)
+        self.inputs = (params, self.embedding_DV, num_ids, options.method, options.ending)
         self.static = {"model": model, "policy": options.decoding_policy}
 
     def begin(self):
@@ -189,11 +191,13 @@ def _transposed_embedding(params, *, model):
 
 
 @functools.partial(jax.jit, static_argnames=("max_new_tokens", "model", "policy"))
-def _begin(params, embedding_DV, method, ending, context, *, max_new_tokens, model, policy):
+def _begin(
+    params, embedding_DV, num_ids, method, ending, context, *, max_new_tokens, model, policy
+):
     rows_R = jnp.repeat(jnp.arange(len(context.tokens_BS)), method.rows_per_prompt)
     context = context.take(rows_R)
     return method.begin(
-        _decoder(params, embedding_DV, model, policy),
+        _decoder(params, embedding_DV, num_ids, model, policy),
         context,
         policy.start(context, max_new_tokens, model.config),
         ending=ending,
@@ -202,14 +206,19 @@ def _begin(params, embedding_DV, method, ending, context, *, max_new_tokens, mod
 
 
 @functools.partial(jax.jit, static_argnames=("model", "policy"), donate_argnames="progress")
-def _continue_until(params, embedding_DV, method, ending, progress, count, *, model, policy):
-    decoder = _decoder(params, embedding_DV, model, policy)
+def _continue_until(
+    params, embedding_DV, num_ids, method, ending, progress, count, *, model, policy
+):
+    decoder = _decoder(params, embedding_DV, num_ids, model, policy)
     return continue_until(decoder, method, progress, ending, count)
 
 
-def _decoder(params, embedding_DV, model, policy):
+def _decoder(params, embedding_DV, num_ids, model, policy):
     def head(hidden_BD):
-        hidden_B1D = hidden_BD[:, None]
-        return model.apply({"params": params}, hidden_B1D, embedding_DV, method="logits")[:, 0]
+        logits_B1V = model.apply(
+            {"params": params}, hidden_BD[:, None], embedding_DV, method="logits"
+        )
+        is_usable_V = jnp.arange(logits_B1V.shape[-1]) < num_ids
+        return jnp.where(is_usable_V, logits_B1V[:, 0], -jnp.inf)
 
     return Decoder(functools.partial(policy.step, model, params), head)

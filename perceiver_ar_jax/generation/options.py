@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from perceiver_ar_jax.config import PerceiverARConfig
 from perceiver_ar_jax.generation.beam_search import BeamSearch
 from perceiver_ar_jax.generation.contrastive_search import ContrastiveSearch
 from perceiver_ar_jax.generation.loop import Ending, Method, TokenByToken
@@ -44,6 +45,7 @@ class Options:
     num_return_sequences: int = 1  # a prompt, from sampling or beam search
     eos_token_id: int | Sequence[int] | None = None  # one of these ends a row
     pad_token_id: int = 0  # fills ended rows
+    vocab_size: int | None = None  # the tokenizer's; ids from there up are never chosen
     policy: str | Policy = "slide"  # or "recompute", "reset", or a policy of your own making
     rng: jax.Array | None = None  # a jax.random.key; sampling needs one
 
@@ -106,7 +108,28 @@ class Options:
             filters.append(MinP(float(self.min_p)))
         return tuple(filters)
 
+    def check_against(self, config: PerceiverARConfig) -> None:
+        """Raises ValueError where the options do not fit the model."""
+        num_ids = config.vocab_size if self.vocab_size is None else self.vocab_size
+        if num_ids > config.vocab_size:
+            raise ValueError(
+                f"vocab_size={num_ids} exceeds the {config.vocab_size} ids of the model; "
+                "pass the tokenizer that the model was trained with"
+            )
+        if self.penalty_alpha and self.top_k > num_ids:
+            raise ValueError(
+                f"contrastive search cannot choose among top_k={self.top_k} candidates: "
+                f"there are only {num_ids} token ids"
+            )
+        num_eos = len(self.ending.eos_E)
+        if self.num_beams > 1 and num_eos >= num_ids:
+            raise ValueError(
+                f"beam search needs a token to go on with, but {num_eos} of {num_ids} ids end a row"
+            )
+
     def _problems(self):
+        if self.vocab_size is not None and self.vocab_size < 1:
+            yield f"vocab_size must be at least 1, not {self.vocab_size}"
         if self.max_new_tokens < 1:
             yield f"max_new_tokens must be at least 1, not {self.max_new_tokens}"
         if not self.temperature > 0.0:
