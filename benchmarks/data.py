@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    pipelines = {"ours": our_batches, "ours_exact": our_exact_batches}
+    pipelines = {"ours": our_batches}
     if all(map(importlib.util.find_spec, ("datasets", "perceiver"))):
         pipelines["perceiver_io"] = their_batches
     with tempfile.TemporaryDirectory() as folder:
@@ -72,7 +72,7 @@ def repeat_documents(pattern: str, folder: str) -> str:
     return os.path.join(folder, "*.jsonl")
 
 
-def our_batches(path: str, tokenizer: str, num_workers: int, exact: bool = False):
+def our_batches(path: str, tokenizer: str, num_workers: int):
     """(tokens, is a pad) of batch after batch."""
     from perceiver_ar_jax.data import DataConfig, load_tokenizer, make_loader
 
@@ -82,14 +82,9 @@ def our_batches(path: str, tokenizer: str, num_workers: int, exact: bool = False
         max_seq_len=MAX_SEQ_LEN,
         batch_size=BATCH_SIZE,
         num_workers=num_workers,
-        exact=exact,
     )
     for batch in make_loader(config, load_tokenizer(tokenizer)):
         yield batch["tokens"], batch["pad_mask"]
-
-
-def our_exact_batches(path: str, tokenizer: str, num_workers: int):
-    return our_batches(path, tokenizer, num_workers, exact=True)
 
 
 def their_batches(path: str, tokenizer: str, num_workers: int):

@@ -81,7 +81,7 @@ def save_pretrained(
         (folder / TOKENIZER_FOLDER).mkdir(exist_ok=True)
         shutil.copyfile(file, folder / TOKENIZER_FOLDER / file.name)
     if (folder / TOKENIZER_FOLDER).is_dir():
-        sha256 = _load_tokenizer(folder / TOKENIZER_FOLDER).sha256
+        sha256 = _load_tokenizer(folder / TOKENIZER_FOLDER, config).sha256
     checkpointer = Checkpointer(folder / CHECKPOINTS_FOLDER)
     checkpointer.save_params(jax.tree.map(jax.device_put, params))
     checkpointer.close()
@@ -128,7 +128,7 @@ def _load_ours(folder, description, step):
         warnings.warn(line, stacklevel=3)
     tokenizer = None
     if (folder / TOKENIZER_FOLDER).is_dir():
-        tokenizer = _load_tokenizer(folder / TOKENIZER_FOLDER)
+        tokenizer = _load_tokenizer(folder / TOKENIZER_FOLDER, config)
         if tokenizer.sha256 != description["tokenizer_sha256"]:
             raise ValueError(
                 f"{folder / TOKENIZER_FOLDER} is not the tokenizer this model was trained with: "
@@ -144,11 +144,11 @@ def _load_reference(source):
     params = jax.tree.map(jax.device_put, to_flax(reference.tensors, reference.config))
     tokenizer = None
     if reference.tokenizer_files:
-        tokenizer = _load_tokenizer(reference.tokenizer_files[0].parent)
+        tokenizer = _load_tokenizer(reference.tokenizer_files[0].parent, reference.config)
     return Pretrained(PerceiverAR(reference.config), params, reference.config, tokenizer, 0)
 
 
-def _load_tokenizer(folder: Path):
-    from perceiver_ar_jax.data.tokenizer import as_exact, load_tokenizer
+def _load_tokenizer(folder: Path, config: PerceiverARConfig):
+    from perceiver_ar_jax.data.tokenizer import load_tokenizer
 
-    return as_exact(load_tokenizer(folder))
+    return load_tokenizer(folder, vocab_size=config.vocab_size)

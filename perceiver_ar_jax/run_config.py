@@ -48,11 +48,11 @@ def default_config() -> ConfigDict:
     config.mesh = ConfigDict(dataclasses.asdict(MeshConfig()))
 
     config.data = ConfigDict()
-    config.data.source = ""  # a prepared TFDS directory, such as …/c4/en/3.0.1
+    config.data.source = ""  # a prepared TFDS directory, or a name such as c4/en:3.0.1
     config.data.text = ""  # or a file or glob of UTF-8 text or JSONL, in place of it
-    config.data.tokenizer = "bytes"  # or a SentencePiece .model file
-    config.data.train_split = "train"
-    config.data.eval_split = "validation"
+    config.data.tokenizer = "bytes"  # or a SentencePiece .model file, or a hub id
+    config.data.train_split = "train"  # of files: all that eval_split does not take
+    config.data.eval_split = "validation"  # of files: the last 2 %
     config.data.min_seq_len = 512
     config.data.num_workers = 1
     config.data.respect_documents = False  # attention stays inside a document
@@ -104,19 +104,19 @@ class Settings:
             "seed": config.seed,
             "respect_documents": config.data.respect_documents,
         }
-        # Files have no splits of their own: the last 2 % are for evaluation.
-        text = config.data.text
-        train_split = "train[:98%]" if text else config.data.train_split
-        eval_split = "train[98%:]" if text else config.data.eval_split
         problems += _problems(sections)
         settings = cls(
             model=make(PerceiverARConfig, **sections["model"]),
             optimizer=make(OptimizerConfig, **sections["optimizer"]),
             mesh=make(MeshConfig, **sections["mesh"]),
             train_data=make(
-                DataConfig, split=train_split, num_workers=config.data.num_workers, **data
+                DataConfig,
+                split=config.data.train_split,
+                eval_split=config.data.eval_split,
+                num_workers=config.data.num_workers,
+                **data,
             ),
-            eval_data=make(DataConfig, split=eval_split, **data),
+            eval_data=make(DataConfig, split=config.data.eval_split, **data),
         )
         if problems:
             raise ValueError("; ".join(dict.fromkeys(problems)))

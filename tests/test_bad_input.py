@@ -166,7 +166,7 @@ def tokenizer_missing_in_a_folder(here):
 
 
 @answer(
-    "{here}/spiece.model (21 bytes) is no SentencePiece model, it is an HTML page: the download "
+    "{here}/spiece.model (21 bytes) is not a SentencePiece model, it is an HTML page: the download "
     "went wrong " + SPM_END
 )
 def tokenizer_is_a_web_page(here):
@@ -175,8 +175,8 @@ def tokenizer_is_a_web_page(here):
 
 
 @answer(
-    "{here}/spiece.model (68 bytes) is no SentencePiece model, it is a Git LFS pointer to a file "
-    "of 798011 bytes: run `git lfs pull` " + SPM_END
+    "{here}/spiece.model (68 bytes) is not a SentencePiece model, it is a Git LFS pointer to a "
+    "file of 798011 bytes: run `git lfs pull` " + SPM_END
 )
 def tokenizer_is_a_git_lfs_pointer(here):
     (here / "spiece.model").write_bytes(LFS_POINTER)
@@ -184,7 +184,7 @@ def tokenizer_is_a_git_lfs_pointer(here):
 
 
 @answer(
-    "{here}/spiece.model (16 bytes) is no SentencePiece model, it begins with "
+    "{here}/spiece.model (16 bytes) is not a SentencePiece model, it begins with "
     "b'PK\\x03\\x04 not a model' " + SPM_END
 )
 def tokenizer_is_something_else(here):

@@ -238,6 +238,39 @@ def test_other_data_may_be_allowed(corpus):
     assert (next(loader)["pad_mask"].sum(1) <= 4).all()
 
 
+def test_documents_that_became_shorter_are_left_where_they_end_now(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": "x" * 100}) + "\n" for _ in range(8)))
+    settings = config(path, batch_size=2, shuffle=False, repeat=False)
+    loader = make_loader(settings, BYTES)
+    take(loader, 3)
+    state = loader.get_state()
+    assert min(used for _, used in state["positions"]) > 20
+    path.write_text("".join(json.dumps({"text": f"short {i}"}) + "\n" for i in range(8)))
+    loader = make_loader(settings, BYTES)
+    loader.set_state(state, allow_other_data=True)
+    assert sorted(texts_of(streams_of(loader, 2))) == [f"short {i}" for i in range(2, 8)]
+
+
+@pytest.mark.parametrize(
+    "splits, training",
+    [
+        (("train", "validation"), (0, 49)),
+        (("train", "validation[:50%]"), (0, 49)),
+        (("train[:90%]", "train[90%:]"), (0, 45)),
+        (("train[:20]", "validation"), (0, 20)),
+        (("train", ""), (0, 50)),
+    ],
+)
+def test_training_on_files_leaves_out_what_is_kept_for_validation(corpus, splits, training):
+    split, eval_split = splits
+    settings = config(
+        corpus, split=split, eval_split=eval_split, repeat=False, shuffle=False, batch_size=1
+    )
+    texts = texts_of(streams_of(make_loader(settings, BYTES), 1))
+    assert texts == TEXTS[slice(*training)]
+
+
 def test_segment_ids_count_the_documents_of_a_window(corpus):
     loader = make_loader(config(corpus, respect_documents=True), BYTES)
     for batch in take(loader, 20):

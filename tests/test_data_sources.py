@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from perceiver_ar_jax.data.crc32c import crc32c, masked_crc32c
@@ -14,6 +15,7 @@ from perceiver_ar_jax.data.sources import Text, open_source
 from perceiver_ar_jax.data.tf_example import bytes_feature
 from perceiver_ar_jax.data.tfds_convert import to_array_record, to_tfrecord
 from perceiver_ar_jax.data.tfds_writer import Document, write_dataset
+from perceiver_ar_jax.data.windows import tokenize
 
 TEXTS = [f"document {i} " + "ü€" * (i * 37 % 400) for i in range(45)]
 FORMATS = ["array_record", "tfrecord"]
@@ -294,6 +296,27 @@ def test_json_lines_that_hold_no_text_are_read_over(tmp_path):
     ]
 
 
+class WordTokenizer:
+    """Like XLNet's it makes nothing of white space."""
+
+    eos_id = 0
+
+    def encode(self, text):
+        return [len(word) for word in text.split()]
+
+
+def test_a_plain_text_that_ends_in_white_space_keeps_its_eos(tmp_path):
+    (tmp_path / "a.txt").write_text("word " * 400 + "\n" * 3000)
+    (tmp_path / "b.txt").write_text(" " * 3000)
+    (tmp_path / "c.txt").write_text("the end\n")
+    source = open_source(str(tmp_path / "*.txt"), "train")
+    documents = [tokenize(source[i], WordTokenizer()) for i in range(len(source))]
+    tokens = np.concatenate([document.tokens for document in documents]).tolist()
+    assert len(source) > 3
+    assert tokens in ([4] * 400 + [0] + [3, 3, 0], [4] * 400 + [0] + [0] + [3, 3, 0])
+    assert not any(document.oddities.any() for document in documents)
+
+
 def test_files_can_be_sliced_into_training_and_validation(tmp_path):
     for name in "ab":
         lines = [json.dumps({"text": f"{name}{i}"}) for i in range(10)]
@@ -305,6 +328,16 @@ def test_files_can_be_sliced_into_training_and_validation(tmp_path):
     assert len(validation) == 5
     assert texts_of(open_source(pattern, "train[-3:]")) == everything[-3:]
     assert texts_of(open_source(pattern, "train[10%:35%]")) == everything[2:7]
+
+
+def test_validation_of_files_is_their_last_two_percent(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps({"text": str(i)}) + "\n" for i in range(200)))
+    assert texts_of(open_source(str(path), "validation")) == ["196", "197", "198", "199"]
+    assert texts_of(open_source(str(path), "validation[:50%]")) == ["196", "197"]
+    assert texts_of(open_source(str(path), "validation[-1:]")) == ["199"]
+    with pytest.raises(ValueError, match=r"no split 'test': files have train, .* and validation"):
+        open_source(str(path), "test")
 
 
 @pytest.mark.parametrize("paragraphs", [30, 300])

@@ -135,3 +135,14 @@ def test_ids_outside_the_vocabulary_are_refused_with_their_place(tmp_path):
     tokenizer = HFTokenizer(word_tokenizer(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match="4 at position 1"):
         tokenizer.decode([1, 4])
+
+
+def test_ids_without_a_token_print_nothing(tmp_path):
+    """Holes in the vocabulary, and what a padded model has beyond it."""
+    path = word_tokenizer(tmp_path / "tokenizer.json")
+    parsed = json.loads(path.read_text())
+    parsed["model"]["vocab"]["b"] = 9
+    path.write_text(json.dumps(parsed))
+    tokenizer = load_tokenizer(path, vocab_size=16)
+    assert tokenizer.vocab_size == 10
+    assert tokenizer.decode([1, 5, 9, 10, 15]) == "a b"

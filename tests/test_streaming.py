@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -106,6 +107,15 @@ def test_texts_stream_to_their_decoded_text_without_half_characters(tokenizer, t
     parts = streamed(tokenizer, ids)
     assert "".join(parts) == tokenizer.decode(ids)
     assert not any("\ufffd" in part for part in parts)
+
+
+def test_ids_that_only_the_model_has_stream_as_nothing(tokenizer):
+    ids = tokenizer.encode("The boat")
+    padded = copy.copy(tokenizer)
+    padded.model_vocab_size = tokenizer.vocab_size + 10
+    extra = tokenizer.vocab_size + 9
+    parts = streamed(padded, [extra, *ids, extra, extra])
+    assert "".join(parts) == padded.decode([*ids, extra]) == tokenizer.decode(ids)
 
 
 def test_a_character_waits_for_its_last_byte():

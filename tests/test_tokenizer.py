@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from perceiver_ar_jax.data.tokenizer import (
     ByteTokenizer,
     SentencePieceTokenizer,
-    as_exact,
     load_tokenizer,
     train_sentencepiece,
 )
@@ -91,11 +90,12 @@ def test_xlnets_model_has_its_special_ids(shared_data):
     assert xlnet.encode("Hello world") == [17, 11368, 185]
 
 
-def test_exact_changes_only_xlnets_model(trained, shared_data):
-    xlnet = load_tokenizer(shared_data / "xlnet" / "spiece.model", exact=True)
-    assert type(xlnet) is not SentencePieceTokenizer
-    assert as_exact(xlnet) is xlnet
-    assert as_exact(trained) is trained
+def test_xlnets_model_gives_exact_ids_wherever_it_is_loaded_from(trained, shared_data, tmp_path):
+    model = shared_data / "xlnet" / "spiece.model"
+    load_tokenizer(model).save(tmp_path)
+    for source in (model, tmp_path):
+        assert load_tokenizer(source).encode("café") == load_tokenizer(source).encode("cafe")
+    assert type(load_tokenizer(trained.path)) is SentencePieceTokenizer
 
 
 def test_lone_surrogates_are_replaced_not_fatal(trained):
@@ -139,3 +139,13 @@ def test_an_id_outside_the_vocabulary_is_named_with_its_place(trained):
     for tokenizer in (trained, ByteTokenizer()):
         with pytest.raises(ValueError, match=r"token id 5000 at position 1"):
             tokenizer.decode([3, 5000])
+
+
+def test_ids_that_only_the_model_has_print_nothing(trained):
+    for source in ("bytes", trained.path):
+        tokenizer = load_tokenizer(source, vocab_size=384)
+        assert tokenizer.decode([383, *tokenizer.encode("a boat"), 300, 383]) == "a boat"
+        assert pickle.loads(pickle.dumps(tokenizer)).decode([383]) == ""
+        with pytest.raises(ValueError, match=r"token id 384 at position 1 is outside 0\.\.383"):
+            tokenizer.decode([3, 384])
+    assert load_tokenizer("bytes").model_vocab_size == 262

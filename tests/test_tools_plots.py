@@ -133,7 +133,7 @@ def test_compression_baselines_are_what_gzip_and_xz_make_of_the_text(tmp_path):
     documents = ["Ein süßer Brei. " * 20, "The same words, the same words. " * 30]
     lines = [json.dumps({"text": text}) for text in documents]
     (tmp_path / "text.jsonl").write_text("\n".join(lines))
-    result = tool.compression_baselines(str(tmp_path / "text.jsonl"), "validation")
+    result = tool.compression_baselines(str(tmp_path / "text.jsonl"), "train")
     joined = "".join(text + "\0" for text in documents).encode()
     assert result["documents"] == 2
     assert result["bytes"] == len(joined) - 2

@@ -5,9 +5,11 @@ import dataclasses
 class DataConfig:
     """Says which text is read and how it is cut into batches; frozen and validated.
 
-    `source` is a prepared TFDS directory (`.../c4/en/3.0.1`) or a file or glob of `.jsonl`
+    `source` is a prepared TFDS directory (`.../c4/en/3.0.1`), a dataset's name (`c4/en:3.0.1`,
+    looked up in $TFDS_DATA_DIR, otherwise in ~/tensorflow_datasets), or a file or glob of `.jsonl`
     (documents under the key "text") or plain text (each file one document, read in pieces).
-    `split` may be a slice, `train[:1%]`; of files, where only the slice counts, too.
+    `split` may be a slice, `train[:1%]`. Of files `train` is everything and `validation` the last
+    2 %.
 
     Raises:
       ValueError: at construction, naming every problem at once.
@@ -22,7 +24,7 @@ class DataConfig:
     shuffle: bool = True
     repeat: bool = True  # over and over, each time in another order
     num_workers: int = 0  # processes that read and tokenise; 0: this one does
-    exact: bool = False  # XLNet's ids as Hugging Face gives them, slower
+    eval_split: str = ""  # of files: `train` leaves out what an evaluation on this split reads
     respect_documents: bool = False  # batches say which document a token belongs to
 
     def __post_init__(self):

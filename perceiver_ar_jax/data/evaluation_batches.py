@@ -6,7 +6,6 @@ import numpy as np
 
 from perceiver_ar_jax.data.config import DataConfig
 from perceiver_ar_jax.data.sources import open_source
-from perceiver_ar_jax.data.tokenizer import as_exact
 from perceiver_ar_jax.data.windows import ODDITIES, tokenize
 
 
@@ -118,7 +117,6 @@ def evaluation_batches(
     """
     if not 1 <= num_latents <= config.max_seq_len:
         raise ValueError(f"num_latents={num_latents} out of valid range [1..{config.max_seq_len}]")
-    tokenizer = as_exact(tokenizer) if config.exact else tokenizer
     return EvaluationBatches(
         config,
         tokenizer,

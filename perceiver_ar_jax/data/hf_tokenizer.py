@@ -11,10 +11,14 @@ from pathlib import Path
 from etils import epath
 
 from perceiver_ar_jax.data.clean_up import clean_up
-from perceiver_ar_jax.data.tokenizer import HUGGING_FACE_FILE, _check_ids, _valid_unicode
+from perceiver_ar_jax.data.tokenizer import (
+    HUGGING_FACE_FILE,
+    SPECIAL_TOKENS_FILE,
+    _valid_unicode,
+    ids_with_pieces,
+)
 
 CONFIG_FILE = "tokenizer_config.json"
-SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 EOS_TOKENS = ("</s>", "<|endoftext|>", "<eos>", "[EOS]", "[SEP]")
 PAD_TOKENS = ("<pad>", "[PAD]", "<|padding|>")
 
@@ -51,7 +55,7 @@ class HFTokenizer:
             ) from None
         except Exception as error:  # the package raises nothing more specific
             raise ValueError(f"{path} is no tokenizer of Hugging Face's: {error}") from None
-        self.vocab_size = 1 + max(vocabulary.values(), default=-1)
+        self.vocab_size = self.model_vocab_size = 1 + max(vocabulary.values(), default=-1)
         added = {token["content"]: token["id"] for token in description.get("added_tokens") or ()}
         self.eos_id = _token_id(named.get("eos_token"), vocabulary, EOS_TOKENS, added)
         if self.eos_id is None:
@@ -89,9 +93,7 @@ class HFTokenizer:
 
     def decode_raw(self, ids: Iterable[int]) -> str:
         """`decode` before the clean-up."""
-        ids = [int(i) for i in ids]
-        _check_ids(ids, self.vocab_size)
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
+        return self._tokenizer.decode(ids_with_pieces(ids, self), skip_special_tokens=False)
 
     def save(self, folder: str | Path) -> Path:
         """Writes the file, and those beside it, as they were read; returns the file's path."""

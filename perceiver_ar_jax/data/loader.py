@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import multiprocessing
 import os
@@ -10,8 +11,7 @@ import numpy as np
 from absl import flags
 
 from perceiver_ar_jax.data.config import DataConfig
-from perceiver_ar_jax.data.sources import open_source
-from perceiver_ar_jax.data.tokenizer import as_exact
+from perceiver_ar_jax.data.sources import open_source, training_split
 from perceiver_ar_jax.data.windows import ODDITIES, Documents, WindowDataset
 
 
@@ -32,11 +32,11 @@ class Loader:
     def __init__(self, config: DataConfig, tokenizer, *, process_index: int, process_count: int):
         if not 0 <= process_index < process_count:
             raise ValueError(f"process {process_index} of {process_count}")
-        tokenizer = as_exact(tokenizer) if config.exact else tokenizer
-        source = open_source(config.source, config.split)
+        split = training_split(config.source, config.split, config.eval_split)
+        source = open_source(config.source, split)
         if not len(source):
-            raise ValueError(f"{config.source} has no documents in {config.split}")
-        self._config = config
+            raise ValueError(f"{config.source} has no documents in {split}")
+        self._config = config = dataclasses.replace(config, split=split)
         self._pad_id = tokenizer.pad_id
         self._global_batch = config.batch_size * process_count
         self._first_row = config.batch_size * process_index

@@ -5,7 +5,6 @@ import glob
 import itertools
 import json
 import os
-import re
 import resource
 from collections.abc import Callable, Sequence
 from concurrent import futures
@@ -13,7 +12,8 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from perceiver_ar_jax.data import record_files
+from perceiver_ar_jax.data import record_files, splits
+from perceiver_ar_jax.data.prepared import INFO_FILE, find_prepared, is_dataset_name
 from perceiver_ar_jax.data.tf_example import bytes_feature
 
 
@@ -23,7 +23,8 @@ class Text(NamedTuple):
     text: str
     ends_document: bool = True
     is_valid_utf8: bool = True
-    is_malformed: bool = False  # a line that is no JSON object with a "text"; its text is empty
+    is_malformed: bool = False  # a line that is not a JSON object with a "text"; its text is empty
+    begins_document: bool = True
 
 
 class Shard(NamedTuple):
@@ -42,7 +43,7 @@ class TextSource:
         self,
         shards: Sequence[Shard],
         open_file: Callable[[str], Any],
-        parse: Callable[[bytes, bool], Text],
+        parse: Callable[[bytes, bool, bool], Text],
     ):
         self._shards = [shard for shard in shards if shard.count]
         self._ends = list(itertools.accumulate(shard.count for shard in self._shards))
@@ -60,7 +61,7 @@ class TextSource:
         record = shard.first + index - (self._ends[number] - shard.count)
         data = self._file(number).read(record)
         try:
-            return self._parse(data, record + 1 == shard.num_records)
+            return self._parse(data, record == 0, record + 1 == shard.num_records)
         except ValueError as error:
             raise ValueError(f"{shard.path}, record {record}: {error}") from error
 
@@ -90,19 +91,40 @@ def open_source(source: str, split: str) -> TextSource:
     Raises:
       ValueError: nothing readable is there; one line that says what is.
     """
+    found = _locate(source)
+    if isinstance(found, epath.Path):
+        return _open_tfds(found, split)
+    kinds = {epath.Path(name).suffix for name in found}
+    if kinds <= {".jsonl", ".json"}:
+        return _open_files(found, split, record_files.LineFile, _parse_jsonl)
+    if {".gz", ".zst", ".zip", ".parquet", ".jsonl", ".json"} & kinds:
+        raise ValueError(f"cannot read {source}: {' and '.join(sorted(kinds))} files as one corpus")
+    return _open_files(found, split, record_files.PieceFile, _parse_text)
+
+
+def training_split(source: str, train_split: str, eval_split: str) -> str:
+    """The split to train on: of files, `train` without what an evaluation takes of `validation`.
+
+    Raises:
+      ValueError: nothing readable is there; one line that says what is.
+    """
+    if isinstance(_locate(source), epath.Path):
+        return train_split
+    return splits.without_validation(train_split, eval_split)
+
+
+def _locate(source: str) -> epath.Path | list[str]:
+    """The TFDS directory, or the files, that `source` names."""
     source = os.path.expanduser(source)
     path = epath.Path(source)
     if path.is_dir():
-        return _open_tfds(path, split)
+        return path
     paths = [str(path)] if path.exists() else _matching(source)
-    if not paths:
-        raise ValueError(f"no data at {source}: neither a folder nor a file, nor does a glob match")
-    kinds = {epath.Path(name).suffix for name in paths}
-    if kinds <= {".jsonl", ".json"}:
-        return _open_files(paths, split, record_files.LineFile, _parse_jsonl)
-    if {".gz", ".zst", ".zip", ".parquet", ".jsonl", ".json"} & kinds:
-        raise ValueError(f"cannot read {source}: {' and '.join(sorted(kinds))} files as one corpus")
-    return _open_files(paths, split, record_files.PieceFile, _parse_text)
+    if paths:
+        return paths
+    if is_dataset_name(source):
+        return find_prepared(source)
+    raise ValueError(f"no data at {source}: neither a folder nor a file, nor does a glob match")
 
 
 def _matching(pattern: str) -> list[str]:
@@ -113,13 +135,13 @@ def _matching(pattern: str) -> list[str]:
 
 
 def _open_tfds(path: epath.Path, split: str) -> TextSource:
-    if not (path / "dataset_info.json").exists():
-        below = (path.glob("*/" * depth + "dataset_info.json") for depth in (1, 2, 3))
+    if not (path / INFO_FILE).exists():
+        below = (path.glob("*/" * depth + INFO_FILE) for depth in (1, 2, 3))
         inner = [str(info.parent) for level in below for info in level][:3]
         hint = f"; did you mean {' or '.join(inner)}?" if inner else ""
         raise ValueError(
             f"{path} is no prepared TFDS directory (.../c4/en/3.0.1), docs/data.md says how to "
-            f"make one: no dataset_info.json{hint}"
+            f"make one: no {INFO_FILE}{hint}"
         )
     import tensorflow_datasets as tfds  # half a second
 
@@ -147,7 +169,7 @@ def _open_tfds(path: epath.Path, split: str) -> TextSource:
 
 def _open_files(paths: list[str], split: str, open_file, parse) -> TextSource:
     lengths = [len(open_file(path)) for path in paths]
-    start, stop = _slice_of(split, sum(lengths))
+    start, stop = splits.slice_of_files(split, sum(lengths))
     shards = []
     begin = 0
     for path, length in zip(paths, lengths, strict=True):
@@ -158,23 +180,11 @@ def _open_files(paths: list[str], split: str, open_file, parse) -> TextSource:
     return TextSource(shards, open_file, parse)
 
 
-def _slice_of(split: str, length: int) -> tuple[int, int]:
-    """Start and stop of `name`, `name[10:]`, `name[:95%]` (rounded down) among `length`."""
-    match = re.fullmatch(r"\w*(?:\[(-?\d+|)(%?):(-?\d+|)(%?)\])?", split)
-    if not match:
-        raise ValueError(f"cannot read the split {split!r}: use a form like train[:95%]")
-    start, start_percent, stop, stop_percent = match.groups()
-    start = int(start or 0) * length // 100 if start_percent else int(start or 0)
-    stop = int(stop or 100) * length // 100 if stop_percent else int(stop or length)
-    start, stop, _ = slice(start, stop).indices(length)
-    return start, max(start, stop)
-
-
-def _parse_example(record: bytes, is_last: bool) -> Text:
+def _parse_example(record: bytes, is_first: bool, is_last: bool) -> Text:
     return _decoded(bytes_feature(record, "text"))
 
 
-def _parse_jsonl(line: bytes, is_last: bool) -> Text:
+def _parse_jsonl(line: bytes, is_first: bool, is_last: bool) -> Text:
     if not line.strip():
         return Text("")
     whole = _decoded(line)
@@ -187,8 +197,8 @@ def _parse_jsonl(line: bytes, is_last: bool) -> Text:
     return whole._replace(text=text)
 
 
-def _parse_text(piece: bytes, is_last: bool) -> Text:
-    return _decoded(piece)._replace(ends_document=is_last)
+def _parse_text(piece: bytes, is_first: bool, is_last: bool) -> Text:
+    return _decoded(piece)._replace(begins_document=is_first, ends_document=is_last)
 
 
 def _decoded(data: bytes) -> Text:

@@ -1,7 +1,8 @@
 """Text to token ids and back: UTF-8 bytes, or any SentencePiece model.
 
 Every tokenizer has `vocab_size`, `eos_id`, `pad_id`, `sha256` (of the file that defines it),
-`encode(text)`, `encode_batch(texts)`, `decode(ids)` and `save(folder)`.
+`encode(text)`, `encode_batch(texts)`, `decode(ids)` and `save(folder)`. A model may have more ids
+than its tokenizer, to fill up a mesh axis: `model_vocab_size` counts them, and they print nothing.
 """
 
 import functools
@@ -9,25 +10,30 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 from etils import epath
 
+from perceiver_ar_jax.data import hub
+
 SENTENCEPIECE_FILE = "spiece.model"
 HUGGING_FACE_FILE = "tokenizer.json"
 BYTES_FILE = "tokenizer_config.json"
+SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 BYTES_CLASS = "PerceiverTokenizer"
+TOKENIZER_FILES = (SENTENCEPIECE_FILE, HUGGING_FACE_FILE, BYTES_FILE, SPECIAL_TOKENS_FILE)
 XLNET_MODEL_BYTES = 798_011
+NUM_FIRST_PIECES = 9  # enough to know XLNet's model by
 _MAX_LINE_BYTES = 1 << 16  # of what a vocabulary is trained on
 
 
 class ByteTokenizer:
     """UTF-8 bytes after six special ids; 262 ids, those of deepmind/language-perceiver."""
 
-    vocab_size = 262
+    vocab_size = model_vocab_size = 262
     pad_id = 0
     eos_id = 2
     num_special = 6  # [PAD] [BOS] [EOS] [MASK] [CLS] [SEP]
@@ -44,8 +50,7 @@ class ByteTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Special ids print nothing; a broken character becomes U+FFFD."""
-        ids = [int(i) for i in ids]
-        _check_ids(ids, self.vocab_size)
+        ids = ids_with_pieces(ids, self)
         data = bytes(i - self.num_special for i in ids if i >= self.num_special)
         return data.decode("utf-8", errors="replace")
 
@@ -59,10 +64,10 @@ class ByteTokenizer:
 class SentencePieceTokenizer:
     """A SentencePiece model, its file's bytes held in memory so that it pickles and travels.
 
-    `eos_id` is the piece `</s>`, `pad_id` the piece `<pad>`, or else `eos_id`.
+    `eos_id` is the piece `</s>`, `pad_id` the piece `<pad>`, otherwise `eos_id`.
 
     Raises:
-      ValueError: the path is missing or is no SentencePiece model.
+      ValueError: the path is missing or is not a SentencePiece model.
     """
 
     def __init__(self, path: str | Path):
@@ -71,9 +76,11 @@ class SentencePieceTokenizer:
         self.sha256 = hashlib.sha256(self._model).hexdigest()
         try:
             processor = self._processor
+            first = range(min(processor.vocab_size(), NUM_FIRST_PIECES))
+            self.first_pieces = tuple(map(processor.id_to_piece, first))
         except Exception as error:
             raise ValueError(_not_a_model(path, self._model)) from error
-        self.vocab_size = processor.vocab_size()
+        self.vocab_size = self.model_vocab_size = processor.vocab_size()
         self.eos_id = _piece_id(processor, "</s>", processor.eos_id())
         if self.eos_id is None:
             raise ValueError(f"{path} has no piece </s> to end documents with")
@@ -91,9 +98,7 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Control pieces such as `</s>` print nothing."""
-        ids = [int(i) for i in ids]
-        _check_ids(ids, self.vocab_size)
-        return self._processor.decode(ids)
+        return self._processor.decode(ids_with_pieces(ids, self))
 
     def piece(self, token_id: int) -> str:
         """How the model spells a token."""
@@ -161,58 +166,70 @@ def train_sentencepiece(
     return SentencePieceTokenizer(path)
 
 
-def load_tokenizer(source: str | Path, *, exact: bool = False, vocab_size: int | None = None):
-    """Finds the tokenizer that `source` names.
+def load_tokenizer(source: str | Path, *, vocab_size: int | None = None):
+    """Finds the tokenizer that `source` names, and decides which ids it gives.
+
+    XLNet's SentencePiece model always gives the ids of Hugging Face's tokenizer.
 
     Args:
-      source: "bytes", a `.model` file, a `tokenizer.json`, or a folder that `save` wrote to.
-      exact: for XLNet's model, ids exactly as Hugging Face's tokenizer gives them (slower).
-      vocab_size: the model's; a tokenizer with more ids is refused.
+      source: "bytes", a SentencePiece `.model` file, a `tokenizer.json`, a folder with one of them,
+        or a hub id such as "xlnet-base-cased".
+      vocab_size: the model's; a tokenizer with more ids is refused, one with fewer decodes the
+        model's further ids as nothing.
 
     Raises:
       ValueError: nothing usable is there; says what is.
     """
-    tokenizer = _load(source, exact)
-    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
+    tokenizer = _load(source)
+    if vocab_size is None:
+        return tokenizer
+    if tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f"tokenizer {source} has {tokenizer.vocab_size} ids, the model's vocabulary only "
             f"{vocab_size}"
         )
+    tokenizer.model_vocab_size = vocab_size
     return tokenizer
 
 
-def as_exact(tokenizer):
-    """For a plain XLNet model the tokenizer with Hugging Face's ids; any other as it is."""
-    from perceiver_ar_jax.data.xlnet import SPECIAL_PIECES, XLNetTokenizer
-
-    if type(tokenizer) is not SentencePieceTokenizer or tokenizer.vocab_size < len(SPECIAL_PIECES):
-        return tokenizer
-    pieces = tuple(tokenizer.piece(i) for i in range(len(SPECIAL_PIECES)))
-    return XLNetTokenizer(tokenizer.path) if pieces == SPECIAL_PIECES else tokenizer
-
-
-def _load(source: str | Path, exact: bool):
+def _load(source: str | Path):
     if str(source) == "bytes":
         return ByteTokenizer()
-    path = epath.Path(source)
+    path = epath.Path(source).expanduser()
     if path.is_dir():
-        if (path / SENTENCEPIECE_FILE).is_file():
-            path = path / SENTENCEPIECE_FILE
-        elif (path / HUGGING_FACE_FILE).is_file():
-            path = path / HUGGING_FACE_FILE
-        elif _names_byte_tokenizer(path / BYTES_FILE):
-            return ByteTokenizer()
-        else:
-            raise ValueError(
-                f"no tokenizer in {path}: looked for {SENTENCEPIECE_FILE}, {HUGGING_FACE_FILE} "
-                f"and a {BYTES_FILE} that names {BYTES_CLASS}"
-            )
+        return _load_folder(path)
+    if not path.exists() and hub.is_hub_id(str(source)):
+        return _load_folder(epath.Path(hub.download(str(source), TOKENIZER_FILES)))
+    return _load_file(path)
+
+
+def _load_folder(folder: Path):
+    """Where there are two files, the one whose ids are exactly Hugging Face's."""
+    sentencepiece, hugging_face = folder / SENTENCEPIECE_FILE, folder / HUGGING_FACE_FILE
+    if sentencepiece.is_file():
+        tokenizer = _load_file(sentencepiece)
+        is_exact = type(tokenizer) is not SentencePieceTokenizer
+        if is_exact or not hugging_face.is_file():
+            return tokenizer
+    if hugging_face.is_file():
+        return _load_file(hugging_face)
+    if _names_byte_tokenizer(folder / BYTES_FILE):
+        return ByteTokenizer()
+    raise ValueError(
+        f"no tokenizer in {folder}: looked for {SENTENCEPIECE_FILE}, {HUGGING_FACE_FILE} "
+        f"and a {BYTES_FILE} that names {BYTES_CLASS}"
+    )
+
+
+def _load_file(path: Path):
     if path.name.endswith(".json"):
         from perceiver_ar_jax.data.hf_tokenizer import HFTokenizer
 
         return HFTokenizer(path)
+    from perceiver_ar_jax.data.xlnet import XLNetTokenizer, is_xlnet
+
     tokenizer = SentencePieceTokenizer(path)
-    return as_exact(tokenizer) if exact else tokenizer
+    return XLNetTokenizer(path) if is_xlnet(tokenizer) else tokenizer
 
 
 def _names_byte_tokenizer(path: Path) -> bool:
@@ -246,23 +263,32 @@ def _not_a_model(path: str | Path, data: bytes) -> str:
     else:
         what = f"begins with {data[:16]!r}"
     return (
-        f"{path} ({len(data)} bytes) is no SentencePiece model, it {what} "
+        f"{path} ({len(data)} bytes) is not a SentencePiece model, it {what} "
         f"(XLNet's spiece.model has {XLNET_MODEL_BYTES} bytes)"
     )
 
 
 def _piece_id(processor, piece: str, default: int) -> int | None:
-    """The id of `piece`; without it `default`, or None where that is negative."""
+    """The id of `piece`; if there is none `default`, or None where that is negative."""
     found = processor.piece_to_id(piece)
     if processor.id_to_piece(found) == piece:
         return found
     return default if default >= 0 else None
 
 
-def _check_ids(ids: Sequence[int], vocab_size: int) -> None:
+def ids_with_pieces(ids: Iterable[int], tokenizer) -> list[int]:
+    """The ids without those that the model has beyond its tokenizer's.
+
+    Raises:
+      ValueError: an id is not the model's either.
+    """
+    ids = [int(i) for i in ids]
     for place, i in enumerate(ids):
-        if not 0 <= i < vocab_size:
-            raise ValueError(f"token id {i} at position {place} is outside 0..{vocab_size - 1}")
+        if not 0 <= i < tokenizer.model_vocab_size:
+            raise ValueError(
+                f"token id {i} at position {place} is outside 0..{tokenizer.model_vocab_size - 1}"
+            )
+    return [i for i in ids if i < tokenizer.vocab_size]
 
 
 def _valid_unicode(text: str) -> str:

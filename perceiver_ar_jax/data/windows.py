@@ -27,11 +27,15 @@ class Document(NamedTuple):
 
 
 def tokenize(text: Text, tokenizer) -> Document:
-    """Encodes a text, and eos where a document ends; an empty text has no tokens at all."""
+    """Encodes a text, and eos where a document ends; an empty document has no tokens at all.
+
+    The last piece of a document may be white space, of which some tokenizers make no token.
+    """
     ids = tokenizer.encode(text.text)
-    if ids and text.ends_document:
+    is_whole = text.begins_document and text.ends_document
+    is_empty = not ids and is_whole and not text.is_malformed
+    if text.ends_document and (ids or not is_whole):
         ids.append(tokenizer.eos_id)
-    is_empty = not ids and not text.is_malformed
     oddities = np.array([not text.is_valid_utf8, text.is_malformed, is_empty])
     return Document(np.asarray(ids, np.int32), oddities)
 
@@ -202,6 +206,6 @@ class _Stream:
                 parts.append(part)
             self.used += len(part)
             count -= len(part)
-            if self.used == len(self._tokens):
+            if self.used >= len(self._tokens):  # beyond the end: the document became shorter
                 self.document, self.used, self._tokens = self.document + 1, 0, None
         return parts

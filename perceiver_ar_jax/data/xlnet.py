@@ -11,7 +11,7 @@ from pathlib import Path
 import sentencepiece
 
 from perceiver_ar_jax.data.clean_up import clean_up
-from perceiver_ar_jax.data.tokenizer import SentencePieceTokenizer, _check_ids
+from perceiver_ar_jax.data.tokenizer import SentencePieceTokenizer, ids_with_pieces
 
 SPECIAL_PIECES = (  # their places in the model are their ids
     "<unk>",
@@ -41,7 +41,7 @@ class XLNetTokenizer(SentencePieceTokenizer):
         any other text, and no text whatever yields the id of a special piece (but `<unk>`).
 
     Raises:
-      ValueError: the path is missing or is no XLNet model.
+      ValueError: the path is missing or is not XLNet's model.
     """
 
     cleans_up = True  # `decode` is `clean_up` of `decode_raw`
@@ -49,9 +49,9 @@ class XLNetTokenizer(SentencePieceTokenizer):
     def __init__(self, path: str | Path, *, split_special_tokens: bool = False):
         super().__init__(path)
         self.split_special_tokens = split_special_tokens
-        first = [self.piece(i) for i in range(min(self.vocab_size, 9))]
-        if tuple(first) != SPECIAL_PIECES:
-            raise ValueError(f"{path} is no XLNet model: its pieces begin with {' '.join(first)}")
+        if not is_xlnet(self):
+            first = " ".join(self.first_pieces)
+            raise ValueError(f"{path} is not XLNet's model: its pieces begin with {first}")
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone, no special ones added."""
@@ -75,10 +75,9 @@ class XLNetTokenizer(SentencePieceTokenizer):
 
     def decode_raw(self, ids: Iterable[int]) -> str:
         """`decode` before the clean-up: the pieces joined, the first blank dropped."""
-        ids = [int(i) for i in ids]
-        _check_ids(ids, self.vocab_size)
         pieces = self._unigram.pieces
-        return "".join(pieces[i] for i in ids).replace("▁", " ").removeprefix(" ")
+        text = "".join(pieces[i] for i in ids_with_pieces(ids, self))
+        return text.replace("▁", " ").removeprefix(" ")
 
     def _normalize(self, text: str) -> str:
         text = text.replace("``", '"').replace("''", '"').translate(self._characters)
@@ -110,6 +109,11 @@ class XLNetTokenizer(SentencePieceTokenizer):
     def __getstate__(self):
         lazy = ("_unigram", "_characters")
         return {k: v for k, v in super().__getstate__().items() if k not in lazy}
+
+
+def is_xlnet(tokenizer: SentencePieceTokenizer) -> bool:
+    """Whether a SentencePiece model is XLNet's, by its first pieces."""
+    return tokenizer.first_pieces == SPECIAL_PIECES
 
 
 _SPECIAL_IDS = {piece: i for i, piece in enumerate(SPECIAL_PIECES) if i != MASK_ID}
