@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -86,12 +87,23 @@ def _checked(
 
 
 def _check_size(tensors: Mapping[str, StoredTensor | np.ndarray]) -> None:
-    """Raises ValueError where tensors overlap, so that a small file would fill the memory."""
+    """Raises ValueError where a small file would fill the memory.
+
+    Tensors may share storage (tied or expanded weights), so they can need more bytes than there
+    are in the files; but then at most half of the machine's memory.
+    """
     stored = [tensor for tensor in tensors.values() if isinstance(tensor, StoredTensor)]
     needed = sum(tensor.nbytes for tensor in stored)
     available = sum(path.stat().st_size for path in {tensor.path for tensor in stored})
-    if needed > available:
-        raise ValueError(f"its tensors overlap: {needed} bytes in {available} bytes of files")
+    if needed > max(available, _memory_bytes() // 2):
+        raise ValueError(
+            f"its tensors share storage: {needed} bytes from {available} bytes of files, more than "
+            f"half of this machine's memory"
+        )
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _read_directory(folder: Path) -> dict[str, StoredTensor | np.ndarray]:

@@ -20,6 +20,8 @@ from perceiver_ar_jax.conversion.stored_tensor import DTYPES, StoredTensor
 ZIP_MAGIC = b"PK\x03\x04"
 OLD_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a pickle of PyTorch's magic number
 
+MAX_ELEMENTS = 2**48  # of one tensor; beyond any model, and small enough for NumPy to make a view
+
 ATTRIBUTE_DICTS = (
     "lightning_fabric.utilities.data.AttributeDict",
     "lightning.fabric.utilities.data.AttributeDict",
@@ -158,12 +160,13 @@ def _tensor(path, storage, start, shape, strides, has_checksums) -> StoredTensor
         raise TypeError("no tensor")
     itemsize = storage.dtype.itemsize
     elements = storage.record.size // itemsize
-    end = start + 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
-    if math.prod(shape) > elements or (math.prod(shape) and end > elements):
+    # Strides may be 0, as after `expand`: then the tensor has more elements than are stored for it.
+    span = 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+    if math.prod(shape) > MAX_ELEMENTS or (math.prod(shape) and start + span > elements):
         raise ValueError(
             f"a tensor of shape {shape} needs more than its {elements} stored elements"
         )
-    whole = math.prod(shape) * itemsize == storage.record.size
+    whole = math.prod(shape) and start == 0 and span * itemsize == storage.record.size
     return StoredTensor(
         path=path,
         offset=storage.record.offset + start * itemsize,
