@@ -21,6 +21,16 @@ hypothesis.settings.load_profile(os.environ.get("PERCEIVER_AR_FUZZ", "short"))
 
 ROOT = Path(__file__).resolve().parent.parent
 
+WITHOUT_REFERENCE = (
+    "compares with perceiver-io or its transformers, which need Python 3.11 "
+    "(requirements-parity.txt says why)"
+)
+
+
+def import_reference(name: str):
+    """A module of the packages that parity tests compare with; without it the test is skipped."""
+    return pytest.importorskip(name, reason=WITHOUT_REFERENCE)
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:

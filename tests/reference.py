@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import pytest
+from conftest import import_reference
 from small_models import left_pads, quick_jit
 
 from perceiver_ar_jax import PerceiverAR, PerceiverARConfig
@@ -24,10 +24,8 @@ from perceiver_ar_jax.training import (
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    torch = pytest.importorskip("torch", reason="parity needs requirements-parity.txt")
-    clm = pytest.importorskip(
-        "perceiver.model.text.clm", reason="parity needs requirements-parity.txt"
-    )
+    torch = import_reference("torch")
+    clm = import_reference("perceiver.model.text.clm")
 torch.set_num_threads(1)  # on a busy machine threads wait for each other longer than they compute
 
 # Its package imports training scripts and so libraries that we have no use for.

@@ -10,6 +10,7 @@ from conftest import ROOT
 sys.path.append(str(ROOT / "tools"))
 
 from compiled_step import (
+    QUICK_OPTIONS,
     WITHOUT_A_TPU,
     CompiledStep,
     DoesNotFitError,
@@ -25,7 +26,6 @@ from perceiver_ar_jax.parallel import MeshConfig
 from perceiver_ar_jax.parallel.chips import chip_of
 from perceiver_ar_jax.training import OptimizerConfig
 
-QUICK = {"optimization_level": 1}
 SMALL = PerceiverARConfig.clm_base(
     vocab_size=512,
     max_seq_len=256,
@@ -56,7 +56,7 @@ def compiled(topology: str, config=SMALL, batch_size=64, **mesh: int) -> Compile
         MeshConfig(**{"data": 1} | mesh),
         topology_devices(topology),
         batch_size=batch_size,
-        compiler_options=QUICK,
+        compiler_options=QUICK_OPTIONS,
     )
 
 

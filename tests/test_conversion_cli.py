@@ -9,6 +9,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from conftest import import_reference
 from reference_tensors import (
     CONFIGS,
     SMALL,
@@ -230,7 +231,7 @@ def test_bad_input_gets_one_line_and_code_2(name, hub_folder, tmp_path, capsys):
 
 
 def test_the_command_compares_logits_with_perceiver_io_by_default(hub_folder, tmp_path):
-    pytest.importorskip("torch", reason="parity needs requirements-parity.txt")
+    import_reference("torch")
     write_config(hub_folder, MODEL, activation_offloading=True)
     done = subprocess.run(
         [sys.executable, SCRIPT, hub_folder, "--output", tmp_path / "ours"],

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import import_reference
 
 from perceiver_ar_jax.generation.options import Options
 from perceiver_ar_jax.generation.sampling import (
@@ -14,10 +15,8 @@ from perceiver_ar_jax.generation.sampling import (
     TopP,
 )
 
-torch = pytest.importorskip("torch", reason="compares with transformers' warpers")
-warpers = pytest.importorskip(
-    "transformers.generation.logits_process", reason="compares with transformers' warpers"
-)
+torch = import_reference("torch")
+warpers = import_reference("transformers.generation.logits_process")
 
 PAIRS = {
     "temperature": lambda x: (Temperature(x), warpers.TemperatureLogitsWarper(x)),

@@ -3,6 +3,7 @@ import pickle
 import sys
 
 import pytest
+from conftest import import_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,7 +13,7 @@ from perceiver_ar_jax.data.tokenizer import load_tokenizer
 
 @pytest.fixture(scope="module")
 def reference(shared_data):
-    transformers = pytest.importorskip("transformers")
+    transformers = import_reference("transformers")
     model = str(shared_data / "xlnet" / "spiece.model")
     return transformers.XLNetTokenizerFast(model, clean_up_tokenization_spaces=True)
 

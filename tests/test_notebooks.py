@@ -4,7 +4,7 @@ import importlib.util
 import os
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, WITHOUT_REFERENCE
 
 NOTEBOOKS = ["sampling.ipynb", "convert.ipynb"]
 
@@ -30,7 +30,7 @@ def test_a_notebook_runs(name):
     notebook = read_notebook(name)
     nbclient = pytest.importorskip("nbclient", reason="notebooks need the [test] extra")
     if name == "convert.ipynb" and not importlib.util.find_spec("perceiver"):
-        pytest.skip("convert.ipynb needs requirements-parity.txt")
+        pytest.skip(WITHOUT_REFERENCE)
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))

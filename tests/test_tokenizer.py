@@ -3,6 +3,7 @@ import json
 import pickle
 
 import pytest
+from conftest import import_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,7 +32,7 @@ def test_bytes_have_the_ids_of_the_perceiver_tokenizer():
 
 
 def test_bytes_agree_with_hugging_faces_perceiver_tokenizer():
-    transformers = pytest.importorskip("transformers", reason="needs the [torch] test extras")
+    transformers = import_reference("transformers")
     theirs = transformers.PerceiverTokenizer(clean_up_tokenization_spaces=False)
     text = "Größe 5 €, \U0001f389\n\n  end"
     assert ByteTokenizer().encode(text) == theirs(text, add_special_tokens=False).input_ids

@@ -5,6 +5,7 @@ import time
 import unicodedata
 
 import pytest
+from conftest import import_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -49,7 +50,7 @@ def reference(model_file, tmp_path_factory):
     model's user-defined symbols and puts a blank after each ("U. S. A."); the hub's file and
     golden.json have nothing of the kind.
     """
-    transformers = pytest.importorskip("transformers")
+    transformers = import_reference("transformers")
     fast = transformers.XLNetTokenizerFast(str(model_file), clean_up_tokenization_spaces=True)
     converted = json.loads(fast.backend_tokenizer.to_str())
     converted["added_tokens"] = converted["added_tokens"][: len(SPECIAL_PIECES)]

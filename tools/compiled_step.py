@@ -33,6 +33,10 @@ WITHOUT_A_TPU = {
 }
 
 
+# XLA's effort level O0 by its number, which every supported jax takes. Its cycles mean nothing.
+QUICK_OPTIONS = {"optimization_level": 9}
+
+
 class DoesNotFitError(Exception):
     """The compiler found no room for the program; the message is the compiler's arithmetic."""
 
