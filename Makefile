@@ -9,7 +9,12 @@ RUN = runs/quickstart
 MALLOC = MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 \
          MALLOC_TOP_PAD_=268435456
 
-.PHONY: install quickstart test test-slow format clean
+# Every part of the package once, for another Python or jax.
+FAST = $(addprefix tests/test_, architecture.py command_line.py conversion_files.py config.py \
+  data_sources.py generation_policies.py losses.py mesh_context.py model_long_prefix.py \
+  model_memory.py model_parameters.py notebooks.py streaming.py train_loop.py)
+
+.PHONY: install quickstart test test-fast test-slow format clean
 
 install: $(VENV)/installed
 
@@ -24,6 +29,9 @@ test: $(VENV)/installed-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist=loadfile
+
+test-fast: $(VENV)/installed-for-tests
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist=loadfile $(FAST)
 
 test-slow: $(VENV)/installed-for-tests
 	$(BIN)/python -m pytest -m slow
