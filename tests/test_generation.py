@@ -114,6 +114,38 @@ def test_sampling_is_reproducible_and_differs_between_keys(model, params):
     assert (sample(0) != sample(1)).any()
 
 
+def test_a_sampled_row_does_not_depend_on_the_rows_around_it(model, params):
+    options = {"do_sample": True, "temperature": 2.0, "num_latents": 4, "max_new_tokens": 30}
+    key = jax.random.key(5)
+    rows = [[5, 6, 7], [*range(20)], [9], [*range(30, 42)]]
+    together = generate(model, params, rows, rng=key, **options)[:, 20:]
+    for i, row in enumerate(rows):
+        alone = generate(model, params, [row], rng=jax.random.fold_in(key, i)[None], **options)
+        np.testing.assert_array_equal(alone[0, len(row) :], together[i])
+    first = generate(model, params, rows[:2], rng=key, **options)[:, 20:]
+    np.testing.assert_array_equal(first, together[:2])
+
+
+def test_each_row_may_have_its_own_key(model, params):
+    options = {"do_sample": True, "temperature": 2.0}
+    keys = jnp.stack([jax.random.key(7)] * 2 + [jax.random.key(8)])
+    same, again, other = generate(model, params, [[1, 2]] * 3, rng=keys, **options)
+    np.testing.assert_array_equal(same, again)
+    assert (same != other).any()
+    raw = jax.random.key_data(keys)
+    np.testing.assert_array_equal(
+        generate(model, params, [[1, 2]], rng=raw[2:], **options), [other]
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-30, 9e-7])
+def test_a_temperature_of_almost_0_is_greedy(model, params, temperature):
+    greedy = generate(model, params, [[1, 2, 3]])
+    rng = jax.random.key(0)
+    options = {"do_sample": True, "temperature": temperature, "rng": rng}
+    np.testing.assert_array_equal(generate(model, params, [[1, 2, 3]], **options), greedy)
+
+
 def test_several_sequences_a_prompt_stand_together_and_differ(model, params):
     tokens = generate(
         model,
@@ -243,6 +275,15 @@ def test_a_prompt_read_by_a_model_of_another_shape_is_refused(model, params):
     other = PerceiverAR(CONFIG.replace(num_heads=4))
     with pytest.raises(ValueError, match=r"\(2, 2, 8\) layers, heads .* has \(2, 4, 4\)"):
         generate(other, params, read)
+    shorter = PerceiverAR(CONFIG.replace(max_seq_len=10))
+    with pytest.raises(ValueError, match=r"17 columns, 1 of them latents; .* at most 10 and 8"):
+        generate(shorter, params, read)
+
+
+def test_a_prompt_read_with_other_parameters_is_refused(model, params):
+    read = prefill(model, params, [[1, 2, 3]])
+    with pytest.raises(ValueError, match="other parameters has read this prompt: prefill it"):
+        generate(model, jax.tree.map(lambda x: x * 1.001, params), read)
 
 
 def test_prompts_of_any_length_compile_few_programs():
@@ -266,8 +307,8 @@ def test_prompts_of_any_length_compile_few_programs():
 @pytest.mark.parametrize(
     ("prompt", "options", "message"),
     [
-        ([[]], {}, r"Input sequence length out of valid range \[1..24\]"),
-        ([[1] * 25], {}, r"Input sequence length out of valid range \[1..24\]"),
+        ([[]], {}, r"sequence length out of valid range \[1..24\]: the prompt is empty"),
+        ([[1] * 25], {}, r"out of valid range \[1..24\]: the prompt has 25 tokens; .* last 24"),
         ([[1]], {"num_latents": 0}, r"num_latents=0 out of valid range \[1..8\]"),
         ([[1]], {"num_latents": 9}, r"num_latents=9 out of valid range \[1..8\]"),
         (
@@ -279,16 +320,38 @@ def test_prompts_of_any_length_compile_few_programs():
         ([[1, 2, 3], [4, 50]], {}, "token id 50 in row 1, column 2 of the prompt"),
         ([[1, -1]], {}, "token id -1 in row 0, column 1 of the prompt"),
         ([[1.5, 2.0]], {}, "token ids are whole numbers, not float64"),
-        ([1, 2], {}, "a prompt is rows of token ids"),
+        ([1, 2], {}, r"a prompt is rows of token ids.*; for a single prompt pass \[ids\]"),
+        ("some text", {}, "rows of token ids, not text: .* generate_text"),
+        (["some", "text"], {}, "rows of token ids, not text: .* generate_text"),
+        ([[1]], {"num_latents": 1.5}, "num_latents must be a whole number, not 1.5"),
         (np.zeros(3, int), {}, "a prompt is rows of token ids"),
         (np.zeros((1, 3), int), {"pad_mask": np.zeros((1, 2), bool)}, "pad_mask is of shape"),
         (
             np.zeros((1, 3), int),
             {"pad_mask": np.array([[False, True, False]])},
-            "row 0 of the prompt has pads that are not on the left",
+            "row 0 of the prompt has pads that are not on the left: pad_mask is True at pads",
+        ),
+        (
+            np.zeros((2, 3), int),
+            {"pad_mask": np.ones((2, 3), int)},
+            "every row of the prompt is all pads: pad_mask is True at pads, where .* is 0",
         ),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
-        ([[1]], {"temperature": 0.0}, "temperature must be above 0, not 0.0"),
+        ([[1]], {"max_new_tokens": 2.0}, "max_new_tokens must be a whole number, not 2.0"),
+        ([[1]], {"num_beams": "2"}, "num_beams must be a whole number, not '2'"),
+        ([[1]], {"pad_token_id": None, "top_k": 1.5}, "top_k must be a whole number, not 1.5"),
+        ([[1]], {"temperature": "0.5"}, "temperature must be a number, not '0.5'"),
+        ([[1]], {"temperature": -1.0}, "temperature must not be negative, but is -1.0"),
+        ([[1]], {"temperature": 0.5}, "temperature=0.5 changes nothing without do_sample=True"),
+        ([[1]], {"top_k": 5, "top_p": 0.5}, "top_k=5, top_p=0.5 changes nothing without do_sam"),
+        ([[1]], {"eos_token_id": []}, r"eos_token_id must be a token id or several.*, not \[\]"),
+        ([[1]], {"eos_token_id": "x"}, "eos_token_id must be a token id or several.*, not 'x'"),
+        ([[1]], {"do_sample": True, "rng": 0}, r"rng must be a key such as .*key\(0\), not 0"),
+        (
+            [[1]],
+            {"do_sample": True, "rng": jax.random.split(jax.random.key(0))},
+            r"rng is one key or one per row of the result \(1\), not of shape \(2,\)",
+        ),
         ([[1]], {"top_p": 1.5}, "top_p must be between 0 and 1, not 1.5"),
         ([[1]], {"policy": "glide"}, "policy must be one of slide.*, not 'glide'"),
         ([[1]], {"do_sample": True}, "do_sample=True needs rng"),
@@ -296,6 +359,7 @@ def test_prompts_of_any_length_compile_few_programs():
         ([[1]], {"num_beams": 2, "num_return_sequences": 3}, "=3 exceeds num_beams=2"),
         ([[1]], {"num_beams": 2, "do_sample": True}, "beam search does not sample"),
         ([[1]], {"early_stopping": "soon"}, "early_stopping must be True, False or 'never'"),
+        ([[1]], {"early_stopping": 2}, "early_stopping must be True, False or 'never', not 2"),
         ([[1]], {"penalty_alpha": 0.5}, "penalty_alpha needs top_k"),
         ([[1]], {"penalty_alpha": 0.5, "top_k": 51}, "top_k=51 candidates: .* only 50 token ids"),
         ([[1]], {"num_beams": 2, "vocab_size": 1, "eos_token_id": 0}, "1 of 1 ids end a row"),
@@ -305,6 +369,42 @@ def test_prompts_of_any_length_compile_few_programs():
 def test_what_cannot_be_done_is_said_in_one_line(model, params, prompt, options, message):
     with pytest.raises(ValueError, match=message):
         generate(model, params, prompt, **options)
+
+
+def test_swapped_or_wrong_models_and_parameters_are_said_in_one_line(model, params):
+    with pytest.raises(ValueError, match="model and params are swapped"):
+        generate(params, model, [[1]])
+    with pytest.raises(ValueError, match=r"model must be a PerceiverAR, not dict"):
+        generate(params, params, [[1]])
+    with pytest.raises(ValueError, match=r"params must be the parameters of .* these have params"):
+        generate(model, {"params": params}, [[1]])
+
+
+def test_numbers_of_numpy_and_jax_are_accepted(model, params):
+    expected = generate(model, params, [[1, 2, 3], [4]], num_latents=2, max_new_tokens=5)
+    actual = generate(
+        model,
+        params,
+        [[jnp.int32(1), 2, 3], np.array([4])],
+        num_latents=np.int64(2),
+        max_new_tokens=np.int32(5),
+        temperature=jnp.float32(1),
+        eos_token_id=np.array([-1]),
+    )
+    np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("early_stopping", [1, np.True_])
+def test_early_stopping_of_1_is_true(model, params, early_stopping):
+    """Also for the calls after it, which share its compiled program."""
+    options = {"num_beams": 3, "eos_token_id": [*range(0, 50, 3)], "length_penalty": 9.0}
+    prompt = [[1, 2, 3]]
+    texts = {
+        value: generate(model, params, prompt, early_stopping=value, **options)
+        for value in (early_stopping, True, False)
+    }
+    np.testing.assert_array_equal(texts[early_stopping], texts[True])
+    assert (texts[True] != texts[False]).any()
 
 
 def test_unknown_arguments_are_refused_by_name(model, params):

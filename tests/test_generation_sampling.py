@@ -64,7 +64,8 @@ def test_each_filter_keeps_what_transformers_keeps(name, value, tied):
 @pytest.mark.parametrize("tied", [False, True], ids=["distinct", "tied"])
 def test_filters_apply_in_the_order_of_transformers(tied):
     chosen = {"min_p": 0.02, "top_p": 0.8, "top_k": 12, "temperature": 1.5}
-    sample = Sample(Options(**chosen).filters, key=None)
+    options = Options(**chosen, do_sample=True, rng=jax.random.key(0))
+    sample = Sample(options.filters, options.rng)
     actual = jax.nn.softmax(sample.filtered(random_logits(tied)))
     order = ["temperature", "top_k", "top_p", "min_p"]
     pairs = [(name, chosen[name]) for name in order]

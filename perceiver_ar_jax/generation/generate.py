@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from perceiver_ar_jax.generation import prompt as prompts
 from perceiver_ar_jax.generation.loop import Decoder, continue_until
 from perceiver_ar_jax.generation.options import Options
 from perceiver_ar_jax.generation.policies import Context
-from perceiver_ar_jax.generation.prefilled import Prefilled
+from perceiver_ar_jax.generation.prefilled import Prefilled, fingerprint
 from perceiver_ar_jax.model import PerceiverAR
 from perceiver_ar_jax.parallel import use_mesh
 
@@ -39,6 +40,11 @@ def generate(
 
     Where the prompt has pads and where a row has ended there is pad_token_id. One jitted prefill,
     then one jitted loop; prompts of similar lengths share their compilation.
+
+    What follows a prompt does not depend on the other rows, on padding or on max_new_tokens (up to
+    rounding of the logits, and to `Reset`, whose schedule counts the columns of the batch). When
+    sampling, row i draws from fold_in(rng, i): it is what its prompt gives alone with
+    rng=fold_in(rng, i)[None]. With rng an array of keys, row i draws from rng[i].
 
     Args:
       model: the model.
@@ -109,12 +115,17 @@ def prefill(
     pad_mask: np.ndarray | None = None,
 ) -> Prefilled:
     """Reads a prompt once, to be continued many times; arguments as in `generate`."""
+    _check_model(model, params)
+    try:
+        num_latents = operator.index(num_latents)
+    except TypeError:
+        raise ValueError(f"num_latents must be a whole number, not {num_latents!r}") from None
     tokens_BS, pad_mask_BS = prompts.as_rows(prompt, pad_mask)
     prompts.check(tokens_BS, pad_mask_BS, num_latents, model.config)
     *padded, prefix_len = prompts.in_bucket(tokens_BS, pad_mask_BS, num_latents, model.config)
     with _mesh_of(params):
-        context = _read(params, *padded, prefix_len=prefix_len, model=model)
-    return Prefilled(tokens_BS, pad_mask_BS, context)
+        context, weights = _read(params, *padded, prefix_len=prefix_len, model=model)
+    return Prefilled(tokens_BS, pad_mask_BS, context, weights)
 
 
 class _Run:
@@ -122,10 +133,11 @@ class _Run:
 
     def __init__(self, model, params, prompt, num_latents, pad_mask, options):
         if isinstance(prompt, Prefilled):
-            prompt.check(model.config)
+            _check_model(model, params)
+            prompt.check(model.config, params)
         else:
             prompt = prefill(model, params, prompt, num_latents=num_latents, pad_mask=pad_mask)
-        options.check_against(model.config)
+        options.check_against(model.config, num_prompts=len(prompt.tokens_BS))
         self.options = options
         self.prefilled = prompt
         self.embedding_DV = _transposed_embedding(params, model=model)
@@ -152,13 +164,29 @@ class _Run:
 
     def result(self, progress):
         method = self.options.method
-        tokens_BS, pad_mask_BS, _ = self.prefilled
-        prompt_BS = np.where(pad_mask_BS, self.options.pad_token_id, tokens_BS).astype(np.int32)
+        prompt_BS = np.where(
+            self.prefilled.pad_mask_BS, self.options.pad_token_id, self.prefilled.tokens_BS
+        ).astype(np.int32)
         prompt_BS = np.repeat(prompt_BS, self.options.num_return_sequences, axis=0)
         tokens_BT, log_probs_BT = (
             _on_host(x)[:, : self.options.max_new_tokens] for x in method.finish(progress)
         )
         return Generated(np.concatenate([prompt_BS, tokens_BT], axis=1), log_probs_BT)
+
+
+def _check_model(model, params):
+    if isinstance(params, PerceiverAR):
+        raise ValueError("model and params are swapped: generate(model, params, prompt)")
+    if not isinstance(model, PerceiverAR):
+        raise ValueError(
+            f"model must be a PerceiverAR, not {type(model).__name__}: "
+            "generate(model, params, prompt)"
+        )
+    if "token_embedding" not in params:
+        raise ValueError(
+            f"params must be the parameters of a PerceiverAR, such as "
+            f'model.init(...)["params"]; these have {", ".join(map(str, params))}'
+        )
 
 
 def _on_host(x):
@@ -181,7 +209,7 @@ def _read(params, tokens_BS, pad_mask_BS, *, prefix_len, model):
     hidden_BLD, cache = model.apply(
         {"params": params}, tokens_BS, prefix_len, pad_mask_BS, method="prefill"
     )
-    return Context(tokens_BS, hidden_BLD, cache)
+    return Context(tokens_BS, hidden_BLD, cache), fingerprint(params)
 
 
 @functools.partial(jax.jit, static_argnames="model")

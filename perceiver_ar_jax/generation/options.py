@@ -2,9 +2,12 @@
 
 import dataclasses
 import difflib
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from perceiver_ar_jax.config import PerceiverARConfig
@@ -22,10 +25,23 @@ from perceiver_ar_jax.generation.sampling import (
     TopP,
 )
 
+GREEDY_BELOW = 1e-6  # temperatures that sample the most likely token anyway, or divide by zero
+WHOLE_NUMBERS = (
+    "max_new_tokens",
+    "top_k",
+    "num_beams",
+    "num_return_sequences",
+    "pad_token_id",
+    "vocab_size",
+)
+NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "penalty_alpha", "length_penalty")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """How to continue a prompt: Hugging Face's names and meanings.
+
+    Numbers of NumPy and JAX become Python's, `eos_token_id` a tuple, and `rng` a typed key.
 
     Raises:
       ValueError: at construction, naming every problem at once.
@@ -33,7 +49,7 @@ class Options:
 
     max_new_tokens: int = 16
     do_sample: bool = False  # False: the most likely token
-    temperature: float = 1.0
+    temperature: float = 1.0  # of sampling; below 1e-6 it is greedy
     top_k: int | None = None  # of sampling; of contrastive search: how many candidates
     top_p: float | None = None
     min_p: float | None = None
@@ -47,10 +63,10 @@ class Options:
     pad_token_id: int = 0  # fills ended rows
     vocab_size: int | None = None  # the tokenizer's; ids from there up are never chosen
     policy: str | Policy = "slide"  # or "recompute", "reset", or a policy of your own making
-    rng: jax.Array | None = None  # a jax.random.key; sampling needs one
+    rng: jax.Array | None = None  # of sampling: a jax.random.key, or one per row of the result
 
     def __post_init__(self):
-        problems = list(self._problems())
+        problems = list(self._normalise()) or [*self._problems(), *self._conflicts()]
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -73,8 +89,8 @@ class Options:
     @property
     def ending(self) -> Ending:
         """What ends a row; -1, which no token is, where nothing does."""
-        eos = -1 if self.eos_token_id is None else self.eos_token_id
-        return Ending(np.atleast_1d(np.asarray(eos, np.int32)), np.int32(self.pad_token_id))
+        eos = (-1,) if self.eos_token_id is None else self.eos_token_id
+        return Ending(np.array(eos, np.int32), np.int32(self.pad_token_id))
 
     @property
     def method(self) -> Method:
@@ -91,7 +107,8 @@ class Options:
             )
         if self.penalty_alpha:
             return ContrastiveSearch(self.top_k, float(self.penalty_alpha), penalty)
-        choose = Sample(self.filters, self.rng) if self.do_sample else Greedy()
+        samples = self.do_sample and self.temperature >= GREEDY_BELOW
+        choose = Sample(self.filters, self.rng) if samples else Greedy()
         return TokenByToken(choose, penalty, rows_per_prompt=self.num_return_sequences)
 
     @property
@@ -108,8 +125,8 @@ class Options:
             filters.append(MinP(float(self.min_p)))
         return tuple(filters)
 
-    def check_against(self, config: PerceiverARConfig) -> None:
-        """Raises ValueError where the options do not fit the model."""
+    def check_against(self, config: PerceiverARConfig, num_prompts: int) -> None:
+        """Raises ValueError where the options do not fit the model or the number of prompts."""
         num_ids = config.vocab_size if self.vocab_size is None else self.vocab_size
         if num_ids > config.vocab_size:
             raise ValueError(
@@ -121,19 +138,44 @@ class Options:
                 f"contrastive search cannot choose among top_k={self.top_k} candidates: "
                 f"there are only {num_ids} token ids"
             )
+        num_rows = num_prompts * self.num_return_sequences
+        if self.rng is not None and self.rng.shape not in ((), (num_rows,)):
+            raise ValueError(
+                f"rng is one key or one per row of the result ({num_rows}), "
+                f"not of shape {self.rng.shape}"
+            )
         num_eos = len(self.ending.eos_E)
         if self.num_beams > 1 and num_eos >= num_ids:
             raise ValueError(
                 f"beam search needs a token to go on with, but {num_eos} of {num_ids} ids end a row"
             )
 
+    def _normalise(self):
+        """Replaces values by those of the documented types; yields what is of no such type."""
+
+        def convert(name, to, expected):
+            value = getattr(self, name)
+            if value is not None:
+                try:
+                    object.__setattr__(self, name, to(value))
+                except (TypeError, ValueError):
+                    yield f"{name} must be {expected}, not {value!r}"
+
+        for name in WHOLE_NUMBERS:
+            yield from convert(name, operator.index, "a whole number")
+        for name in NUMBERS:
+            yield from convert(name, _number, "a number")
+        yield from convert("eos_token_id", _token_ids, "a token id or several (None: no end)")
+        yield from convert("early_stopping", _early_stopping, "True, False or 'never'")
+        yield from convert("rng", _typed_key, "a key such as jax.random.key(0)")
+
     def _problems(self):
-        if self.vocab_size is not None and self.vocab_size < 1:
-            yield f"vocab_size must be at least 1, not {self.vocab_size}"
-        if self.max_new_tokens < 1:
-            yield f"max_new_tokens must be at least 1, not {self.max_new_tokens}"
-        if not self.temperature > 0.0:
-            yield f"temperature must be above 0, not {self.temperature}"
+        for name in ("max_new_tokens", "num_return_sequences", "num_beams", "vocab_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                yield f"{name} must be at least 1, not {value}"
+        if not self.temperature >= 0.0:
+            yield f"temperature must not be negative, but is {self.temperature}"
         if self.top_k is not None and self.top_k < 0:
             yield f"top_k must not be negative, but is {self.top_k}"
         for name in ("top_p", "min_p"):
@@ -142,19 +184,14 @@ class Options:
                 yield f"{name} must be between 0 and 1, not {value}"
         if not self.repetition_penalty > 0.0:
             yield f"repetition_penalty must be above 0, not {self.repetition_penalty}"
-        if self.num_return_sequences < 1:
-            yield f"num_return_sequences must be at least 1, not {self.num_return_sequences}"
         if isinstance(self.policy, str) and self.policy not in POLICIES:
             yield f"policy must be one of {', '.join(POLICIES)}, not {self.policy!r}"
-        if self.do_sample and self.rng is None:
-            yield "do_sample=True needs rng, a jax.random.key"
-        if self.num_beams < 1:
-            yield f"num_beams must be at least 1, not {self.num_beams}"
-        if self.early_stopping not in (True, False, "never"):
-            yield f"early_stopping must be True, False or 'never', not {self.early_stopping!r}"
-        yield from self._conflicts()
 
     def _conflicts(self):
+        if self.do_sample and self.rng is None:
+            yield "do_sample=True needs rng, a jax.random.key"
+        if not self.do_sample:
+            yield from self._without_sampling()
         if self.num_beams > 1 and self.do_sample:
             yield "beam search does not sample: do_sample=True needs num_beams=1"
         if self.num_beams > 1 and self.num_return_sequences > self.num_beams:
@@ -162,8 +199,6 @@ class Options:
                 f"num_return_sequences={self.num_return_sequences} exceeds "
                 f"num_beams={self.num_beams}"
             )
-        if self.num_beams == 1 and not self.do_sample and self.num_return_sequences > 1:
-            yield "several num_return_sequences need do_sample=True or beam search"
         if self.penalty_alpha:
             if not 0.0 < self.penalty_alpha <= 1.0:
                 yield f"penalty_alpha must be between 0 and 1, not {self.penalty_alpha}"
@@ -171,3 +206,42 @@ class Options:
                 yield "penalty_alpha needs top_k, the number of candidates, to be at least 2"
             if self.do_sample or self.num_beams > 1:
                 yield "contrastive search (penalty_alpha) goes with neither do_sample nor num_beams"
+
+    def _without_sampling(self):
+        if self.num_beams == 1 and self.num_return_sequences > 1:
+            yield "several num_return_sequences need do_sample=True or beam search"
+        unused = {name: getattr(self, name) for name in ("top_k", "top_p", "min_p")}
+        if self.penalty_alpha:
+            del unused["top_k"]
+        given = [f"{name}={value}" for name, value in unused.items() if value is not None]
+        if self.temperature != 1.0:
+            given.append(f"temperature={self.temperature}")
+        if given:
+            yield f"{', '.join(given)} changes nothing without do_sample=True"
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, str | bytes):  # float("0.5") would take it
+        raise TypeError
+    return float(value)
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    several = value if np.ndim(value) else (value,)
+    ids = tuple(dict.fromkeys(map(operator.index, several)))
+    if not ids:
+        raise ValueError
+    return ids
+
+
+def _early_stopping(value: Any) -> bool | str:
+    # 1 and True are one key of the jit cache: both must mean the same.
+    if value not in (True, False, "never"):
+        raise ValueError
+    return "never" if isinstance(value, str) else bool(value)
+
+
+def _typed_key(rng: Any) -> jax.Array:
+    if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
+        return rng
+    return jax.random.wrap_key_data(jnp.asarray(rng))  # of jax.random.PRNGKey

@@ -92,18 +92,30 @@ class Greedy:
 
 @struct.dataclass
 class Sample:
-    """Draws from the distribution that the filters leave."""
+    """Draws from the distribution that the filters leave, each row with a key of its own.
+
+    So what a row draws does not depend on the other rows, nor on how many there are.
+    """
 
     filters: tuple[Temperature | TopK | TopP | MinP, ...]
-    key: jax.Array
+    key: jax.Array  # one, which row i folds i into; or one per row
 
     def __call__(self, logits_BV: jax.Array, count: jax.Array) -> jax.Array:
-        """Token ids (B,), a function of the key and the count of tokens before."""
-        key = jax.random.fold_in(self.key, count)
-        return jax.random.categorical(key, self.filtered(logits_BV)).astype(jnp.int32)
+        """Token ids (B,), a function of the rows' keys and the count of tokens before."""
+
+        def draw(key, logits_V):
+            return jax.random.categorical(jax.random.fold_in(key, count), logits_V)
+
+        keys_B = self._keys(len(logits_BV))
+        return jax.vmap(draw)(keys_B, self.filtered(logits_BV)).astype(jnp.int32)
 
     def filtered(self, logits_BV: jax.Array) -> jax.Array:
         """The logits with each filter applied in turn."""
         for keep in self.filters:
             logits_BV = keep(logits_BV)
         return logits_BV
+
+    def _keys(self, num_rows):
+        if self.key.ndim:
+            return self.key
+        return jax.vmap(jax.random.fold_in, (None, 0))(self.key, jnp.arange(num_rows))
