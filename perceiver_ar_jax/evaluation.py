@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from perceiver_ar_jax.model import PerceiverAR
+from perceiver_ar_jax.parallel import one_at_a_time
 from perceiver_ar_jax.training import Batch, eval_step
 
 
@@ -48,15 +49,19 @@ def evaluate(
       to_device: places a batch, as `parallel.to_global` does on a mesh.
     """
     step = _compiled_step(model, prefix_len)
-    sums = []
-    for arrays in batches:
-        segment_ids = arrays.get("segment_ids")
-        batch = Batch(arrays["tokens"], arrays["targets"], arrays["pad_mask"], segment_ids)
-        sums.append(step(params, *to_device((batch, arrays["weights"]))))
+    batches = (to_device(_with_weights(arrays)) for arrays in batches)
+    sums = list(one_at_a_time(lambda batch: step(params, *batch), batches))
     if not sums:
         raise ValueError("there is no text to evaluate on")
-    nats, tokens = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
+    nats, tokens = np.sum(sums, axis=0, dtype=np.float64)
     return Evaluation(loss=nats / tokens, num_tokens=round(tokens), num_bytes=num_bytes)
+
+
+def _with_weights(arrays):
+    batch = Batch(
+        arrays["tokens"], arrays["targets"], arrays["pad_mask"], arrays.get("segment_ids")
+    )
+    return batch, arrays["weights"]
 
 
 @functools.cache

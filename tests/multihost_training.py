@@ -1,12 +1,15 @@
 """One of several processes that train together: `python multihost_training.py`, JAX_… set."""
 
+import functools
 import json
 import sys
 
 import jax
-from sharded_training import BATCH_SIZE, mesh_of, train
+from sharded_training import BATCH_SIZE, CONFIG, evaluation_batches, mesh_of, train
 
-from perceiver_ar_jax.parallel import batch_share, join_processes
+from perceiver_ar_jax import PerceiverAR
+from perceiver_ar_jax.evaluation import evaluate
+from perceiver_ar_jax.parallel import batch_share, join_processes, to_global, use_mesh
 from perceiver_ar_jax.training.checksums import checksums
 
 
@@ -14,9 +17,24 @@ def main(axes: dict[str, int]) -> None:
     join_processes()
     mesh = mesh_of(**axes)
     index, count = batch_share(mesh)
-    rows = BATCH_SIZE // count
-    metrics, state = train(mesh, rows=slice(index * rows, (index + 1) * rows))
-    print(json.dumps({"metrics": metrics.tolist(), "checksums": checksums(state.params)}))
+    size = BATCH_SIZE // count
+    rows = slice(index * size, (index + 1) * size)
+    metrics, state = train(mesh, rows=rows)
+    with use_mesh(mesh):
+        evaluation = evaluate(
+            state.params,
+            evaluation_batches(rows),
+            model=PerceiverAR(CONFIG),
+            prefix_len=CONFIG.max_prefix_len,
+            num_bytes=1,
+            to_device=functools.partial(to_global, mesh=mesh),
+        )
+    printed = {
+        "metrics": metrics.tolist(),
+        "checksums": checksums(state.params),
+        "evaluation": evaluation.loss,
+    }
+    print(json.dumps(printed))
     jax.distributed.shutdown()
 
 

@@ -1,6 +1,7 @@
 """A few training steps of a small model on any mesh, for tests that compare meshes."""
 
 import functools
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -31,6 +32,19 @@ def batches(config=CONFIG) -> list[Batch]:
     tokens = [random_tokens(config, length + 1, BATCH_SIZE, seed) for seed in range(STEPS)]
     pads = left_pads(np.arange(BATCH_SIZE) % 5, length)
     return [Batch(x[:, :-1].astype(np.int32), x[:, 1:].astype(np.int32), pads) for x in tokens]
+
+
+def evaluation_batches(rows=slice(None), count=100) -> Iterator[dict[str, np.ndarray]]:
+    """Batches with weights, more than may be in flight at once; `rows` are this process's."""
+    length = CONFIG.max_seq_len
+    for seed in range(count):
+        tokens = random_tokens(CONFIG, length + 1, BATCH_SIZE, seed)[rows].astype(np.int32)
+        yield {
+            "tokens": tokens[:, :-1],
+            "targets": tokens[:, 1:],
+            "pad_mask": np.zeros((len(tokens), length), bool),
+            "weights": np.ones((len(tokens), length), np.float32),
+        }
 
 
 def initial_state(mesh, config=CONFIG) -> TrainState:

@@ -1,53 +1,41 @@
-"""Two processes of four devices each train as one process does."""
+"""Two processes of two devices each train and evaluate as one process does."""
 
+import functools
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from sharded_training import mesh_of, train
+from sharded_training import CONFIG, evaluation_batches, mesh_of, train
+from train_processes import outputs, start_joined
 
-from perceiver_ar_jax.parallel import join_processes
-from perceiver_ar_jax.parallel.processes import BY_HAND
+from perceiver_ar_jax import PerceiverAR
+from perceiver_ar_jax.evaluation import evaluate
+from perceiver_ar_jax.parallel import join_processes, to_global, use_mesh
 from perceiver_ar_jax.training.checksums import checksums
 
-TESTS = Path(__file__).parent
 
-
-def run_two_processes(axes):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    path = f"{TESTS.parent}{os.pathsep}{TESTS}"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, TESTS / "multihost_training.py", json.dumps(axes)],
-            env=os.environ
-            | flags
-            | {"PYTHONPATH": path}
-            | dict(zip(BY_HAND, (address, "2", str(index)), strict=True)),
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    outputs = [process.communicate()[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    return [json.loads(output.splitlines()[-1]) for output in outputs]
-
-
-def test_two_processes_train_as_one_does_and_agree_on_checksums():
-    axes = {"data": 2, "fsdp": 4}
-    first, second = run_two_processes(axes)
+def test_two_processes_train_and_evaluate_as_one_does_and_agree_on_checksums():
+    axes = {"data": 2, "fsdp": 2}
+    command = ["tests/multihost_training.py", json.dumps(axes | {"num_devices": 4})]
+    processes = start_joined([command] * 2, devices=2)
+    printed = outputs(processes)
+    assert [process.returncode for process in processes] == [0, 0], printed
+    first, second = (json.loads(text.splitlines()[-1]) for text, _ in printed)
     assert first == second
-    metrics, state = train(mesh_of(**axes))
+    mesh = mesh_of(num_devices=4, **axes)
+    metrics, state = train(mesh)
     np.testing.assert_allclose(first["metrics"], metrics, rtol=1e-5)
     assert first["checksums"].keys() == checksums(state.params).keys()
+    with use_mesh(mesh):
+        evaluation = evaluate(
+            state.params,
+            evaluation_batches(),
+            model=PerceiverAR(CONFIG),
+            prefix_len=CONFIG.max_prefix_len,
+            num_bytes=1,
+            to_device=functools.partial(to_global, mesh=mesh),
+        )
+    np.testing.assert_allclose(first["evaluation"], evaluation.loss, rtol=1e-5)
 
 
 def test_half_given_process_variables_are_refused():

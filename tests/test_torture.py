@@ -1,4 +1,4 @@
-"""Runs that are killed again and again have the bits of runs that are not."""
+"""Runs that are killed again and again are bit-identical to uninterrupted ones."""
 
 import json
 import subprocess
@@ -7,6 +7,10 @@ import sys
 import pytest
 from conftest import ROOT
 from small_runs import write_text
+
+sys.path.append(str(ROOT / "tools"))
+
+import torture
 
 
 @pytest.mark.parametrize(
@@ -40,3 +44,13 @@ def test_kills_leave_no_trace_in_the_bits(options, settings, tmp_path):
     assert result["same_bits"]
     assert result["steps"] == settings["steps"]
     assert f"--kills={result['kills']}" in options
+
+
+def test_a_stuck_run_is_ended_and_reported(tmp_path, monkeypatch, capsys):
+    (tmp_path / "train.py").write_text("import time; print('begins', flush=True); time.sleep(999)")
+    monkeypatch.setattr(torture, "ROOT", tmp_path)
+    workdir = tmp_path / "runs"
+    flags = [f"--workdir={workdir}", "--stuck_after=1", "--processes=2", "--", "-v"]
+    monkeypatch.setattr(sys, "argv", ["torture.py", *flags])
+    assert torture.main() == 1
+    assert f"wrote nothing for 1 s after step 0; see {workdir}" in capsys.readouterr().err

@@ -44,9 +44,11 @@ NARROW = {
 @pytest.fixture(scope="module")
 def flags(shared_data, tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("c4")
-    lines = next((shared_data / "c4").glob("*.jsonl")).read_text().splitlines()[:60]
+    lines = (shared_data / "c4/c4-realnewslike-pf.jsonl").read_text().splitlines()[:120]
     (folder / "some.jsonl").write_text("\n".join(lines))
+    # Half of it is for evaluation: more batches than may be in flight over several processes.
     command = ["tools/make_c4_fixture.py", folder / "some.jsonl", "--output", folder]
+    command += ["--validation_every=2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=True)
     settings = NARROW | {

@@ -1,12 +1,12 @@
-"""Kills a training run again and again, and says whether its bits are those of an unbroken one.
+"""Kills a training run again and again and compares it bit for bit with an uninterrupted one.
 
 python tools/torture.py --workdir=runs/torture --kills=5 [--processes=2 --devices=2] \\
   -- --config=configs/tiny.py --config.data.text=README.md
 
-What follows `--` goes to train.py. The run is done twice: straight through, and with SIGKILL or
-SIGTERM at random moments, each time started again. Then losses and gradient norms of every step,
-also of steps that were done twice, and checksums of all parameters and optimizer state are
-compared. Exit codes: 0 same bits, 1 not, 2 bad input.
+The flags after `--` go to train.py. The run is done twice: straight through, and with SIGKILL or
+SIGTERM at random moments, restarted each time. Then the losses and gradient norms of every step,
+including steps that were done twice, and the checksums of all parameters and optimizer state are
+compared. Exit codes: 0 same bits, 1 different bits or a stuck run, 2 bad input.
 """
 
 import argparse
@@ -19,43 +19,60 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MINUTES_WITHOUT_PROGRESS = 10
+
+
+class StuckError(Exception):
+    """A run wrote nothing for so long that it will never end; says where its output is."""
 
 
 def main() -> int:
-    """Runs both, compares; returns the exit code."""
+    """Parses the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--workdir", type=Path, required=True, help="Made anew.")
+    parser.add_argument("--workdir", type=Path, required=True, help="Deleted first.")
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--processes", type=int, default=1, help="Joined by jax.distributed.")
     parser.add_argument("--devices", type=int, default=1, help="CPU devices of each process.")
-    parser.add_argument("--seed", type=int, default=0, help="Of the moments.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the kill times.")
+    parser.add_argument(
+        "--stuck_after",
+        type=float,
+        default=600,
+        metavar="SECONDS",
+        help="A run that writes nothing for so long is ended and reported (default: 600).",
+    )
     parser.add_argument("command", nargs="+", help="-- and the flags of train.py")
     options = parser.parse_args()
+    try:
+        return torture(options)
+    except StuckError as error:
+        print(f"torture.py: {error}", file=sys.stderr)
+        return 1
+
+
+def torture(options: argparse.Namespace) -> int:
+    """Runs both, compares, prints the result as JSON; returns the exit code."""
     shutil.rmtree(options.workdir, ignore_errors=True)
     cache = f"--config.compilation_cache={options.workdir.absolute() / 'compiled'}"
     run = Run([*options.command, "--config.log_every=1", cache], options)
 
     straight, killed = options.workdir / "straight", options.workdir / "killed"
     if (code := run.to_end(straight)) != 0:
-        print(f"the straight run ends with {code}", file=sys.stderr)
+        print(f"the straight run ended with exit code {code}", file=sys.stderr)
         return 2
     total = max(steps_of(straight), default=0)
     rng = random.Random(options.seed)
-    moments, seconds = [], []
     for kill in range(options.kills):
         number = rng.choice((signal.SIGKILL, signal.SIGTERM))
-        begin = time.monotonic()
         # Spread over the run: kill number k comes when about k / kills of it are done.
         at = (kill + rng.random()) * total / (options.kills + 1)
-        moments.append((number.name, run.until(killed, at, number, jitter=rng.uniform(0, 0.3))))
-        seconds.append(time.monotonic() - begin)
-        print(f"kill {kill + 1}: {moments[-1][0]} at step {moments[-1][1]}", flush=True)
+        step = run.until(killed, at, number, jitter=rng.uniform(0, 0.3))
+        print(f"kill {kill + 1}: {number.name} at step {step}", flush=True)
     if (code := run.to_end(killed)) != 0:
-        print(f"the killed run ends with {code} at last", file=sys.stderr)
+        print(f"the killed run ended with exit code {code}", file=sys.stderr)
         return 1
     problems = differences(straight, killed)
     for line in problems[:10]:
@@ -78,6 +95,7 @@ class Run:
 
     def __init__(self, flags: list[str], options: argparse.Namespace):
         self._flags, self._count = flags, options.processes
+        self._stuck_after = options.stuck_after
         self._environment = os.environ | {
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
@@ -85,29 +103,46 @@ class Run:
         }
 
     def to_end(self, workdir: Path) -> int:
-        """Runs undisturbed; returns the exit code, of several the highest."""
-        return max(process.wait() for process in self._start(workdir))
+        """Runs undisturbed; returns the exit code, the highest of several."""
+        processes = self._start(workdir)
+        self._watch(processes, workdir, lambda: False)
+        return max(process.returncode for process in processes)
 
     def until(self, workdir: Path, step: float, number: signal.Signals, jitter: float) -> int:
         """Runs to a step and a little on, then sends the signal; returns the step it was at."""
         processes = self._start(workdir)
-        deadline = time.monotonic() + 60 * MINUTES_WITHOUT_PROGRESS
-        while max(steps_of(workdir), default=-1) < step:
-            if any(process.poll() is not None for process in processes):
-                break
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"no step {step:.0f} in {MINUTES_WITHOUT_PROGRESS} minutes")
-            time.sleep(0.01)
+        self._watch(processes, workdir, lambda: max(steps_of(workdir), default=-1) >= step)
         time.sleep(jitter)
-        processes[-1].send_signal(number)  # of several one, the others follow
+        processes[-1].send_signal(number)  # to one of several; the others follow
         if number == signal.SIGKILL:
             for process in processes:
                 process.kill()
-        codes = {process.wait() for process in processes}
+        self._watch(processes, workdir, lambda: False)
+        codes = {process.returncode for process in processes}
         expected = {-signal.SIGKILL} if number == signal.SIGKILL else {143, -signal.SIGTERM}
         if not codes <= expected | {0}:
             raise RuntimeError(f"{number.name} at step {step:.0f} gave exit codes {sorted(codes)}")
         return max(steps_of(workdir), default=0)
+
+    def _watch(self, processes: list, workdir: Path, is_done: Callable[[], bool]) -> None:
+        """Returns when the condition holds or all processes have ended.
+
+        Raises:
+          StuckError: the run wrote nothing for too long; its processes are ended.
+        """
+        size, since = -1, time.monotonic()
+        while not is_done() and any(process.poll() is None for process in processes):
+            if size != (size := bytes_written(workdir)):
+                since = time.monotonic()
+            if time.monotonic() - since > self._stuck_after:
+                for process in processes:
+                    process.kill()
+                    process.wait()
+                raise StuckError(
+                    f"the run wrote nothing for {self._stuck_after:.0f} s after step "
+                    f"{max(steps_of(workdir), default=0)}; see {workdir / 'output.txt'}"
+                )
+            time.sleep(0.01)
 
     def _start(self, workdir: Path) -> list[subprocess.Popen]:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -129,13 +164,19 @@ class Run:
             ]
 
 
+def bytes_written(workdir: Path) -> int:
+    """The size of what a run prints and of its metrics."""
+    files = (workdir / name for name in ("output.txt", "metrics.jsonl"))
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
 def steps_of(workdir: Path) -> list[int]:
     """Steps whose loss the run has written."""
     return [line["step"] for line in lines_of(workdir) if "train/loss" in line]
 
 
 def lines_of(workdir: Path) -> list[dict]:
-    """What the run has written; the last line may be under way."""
+    """What the run has written; its last line may be incomplete."""
     file = workdir / "metrics.jsonl"
     text = file.read_text() if file.is_file() else ""
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
@@ -148,7 +189,7 @@ def lost_steps(workdir: Path) -> int:
 
 
 def differences(straight: Path, killed: Path) -> list[str]:
-    """Every number of a step, and every leaf of the last checkpoint, that is not the same."""
+    """Every number of a step and every leaf of the last checkpoint that differs."""
     names = ("train/loss", "optim/grad_norm", "eval/loss")
     expected = {
         (line["step"], name): line[name]

@@ -11,6 +11,7 @@ from perceiver_ar_jax.parallel.processes import (
     is_first,
     join_processes,
     on_first,
+    one_at_a_time,
 )
 from perceiver_ar_jax.parallel.sharding import (
     batch_sharding,
@@ -39,6 +40,7 @@ __all__ = [
     "on_first",
     "on_own_keys",
     "on_own_rows",
+    "one_at_a_time",
     "over_devices",
     "replicated",
     "state_shardings",

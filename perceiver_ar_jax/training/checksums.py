@@ -5,6 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from perceiver_ar_jax.parallel import one_at_a_time
+
 
 def checksums(tree: Any) -> dict[str, int]:
     """A 32-bit checksum of each leaf, by path; of arrays spread over processes, too.
@@ -14,11 +16,9 @@ def checksums(tree: Any) -> dict[str, int]:
     every mesh, and a change of any one element is always seen.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    # One after the other: several sums over processes at once can deadlock on CPU.
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): int(jax.device_get(_checksum(leaf)))
-        for path, leaf in leaves
-    }
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    values = one_at_a_time(_checksum, (leaf for _, leaf in leaves))
+    return {name: int(value) for name, value in zip(names, values, strict=True)}
 
 
 @jax.jit
