@@ -44,6 +44,10 @@ def load_pretrained(path: str | Path, *, step: int | None = None) -> Pretrained:
         perceiver-io, one of its .safetensors, .bin or .ckpt files, or a hub id.
       step: of a workdir; None takes the newest intact one.
 
+    Warns:
+      UserWarning: newer steps that are damaged were skipped, or the tokenizer of a perceiver-io
+        checkpoint is of a kind that is not read, so that `tokenizer` is None.
+
     Raises:
       ValueError: nothing usable is there; says what was looked for.
       CheckpointError: a folder of ours without an intact step.
@@ -52,7 +56,7 @@ def load_pretrained(path: str | Path, *, step: int | None = None) -> Pretrained:
     description = _description(folder)
     if description is None:
         if step is not None:
-            raise ValueError(f"{path} is no workdir, and has no steps")
+            raise ValueError(f"step={step}, but {path} is not a workdir and has no steps")
         return _load_reference(path)
     return _load_ours(folder, description, step)
 
@@ -111,7 +115,7 @@ def _description(folder: Path) -> Mapping[str, Any] | None:
     try:
         description = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
+        raise ValueError(f"{path} is not JSON: {error}") from None
     return description if "model" in description else None
 
 
@@ -122,6 +126,10 @@ def _load_ours(folder, description, step):
     model = PerceiverAR(config)
     abstract = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
     checkpointer = Checkpointer(folder / CHECKPOINTS_FOLDER)
+    steps = checkpointer.steps()
+    if step is not None and step not in steps:
+        found = ", ".join(map(str, steps)) or "none"
+        raise ValueError(f"{folder} has no checkpoint of step {step}; its steps: {found}")
     params, step, skipped = checkpointer.restore_params(abstract, step=step)
     checkpointer.close()
     for line in skipped:
@@ -144,7 +152,10 @@ def _load_reference(source):
     params = jax.tree.map(jax.device_put, to_flax(reference.tensors, reference.config))
     tokenizer = None
     if reference.tokenizer_files:
-        tokenizer = _load_tokenizer(reference.tokenizer_files[0].parent, reference.config)
+        try:
+            tokenizer = _load_tokenizer(reference.tokenizer_files[0].parent, reference.config)
+        except ValueError as error:
+            warnings.warn(f"loaded {source} without its tokenizer: {error}", stacklevel=3)
     return Pretrained(PerceiverAR(reference.config), params, reference.config, tokenizer, 0)
 
 

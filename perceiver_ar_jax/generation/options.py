@@ -242,6 +242,8 @@ def _early_stopping(value: Any) -> bool | str:
 
 
 def _typed_key(rng: Any) -> jax.Array:
+    if not isinstance(rng, jax.Array | np.ndarray):
+        raise TypeError
     if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
         return rng
     return jax.random.wrap_key_data(jnp.asarray(rng))  # of jax.random.PRNGKey
