@@ -33,13 +33,13 @@ from perceiver_ar_jax.conversion.verification import (
     reference_logits,
 )
 from perceiver_ar_jax.conversion.writers import new_folder
-from perceiver_ar_jax.data.tokenizer import load_tokenizer
 from perceiver_ar_jax.pretrained import (
     CHECKPOINTS_FOLDER,
     TOKENIZER_FOLDER,
     load_pretrained,
     save_pretrained,
 )
+from perceiver_ar_jax.tokenizers import load_tokenizer
 from perceiver_ar_jax.training.checkpoint import CheckpointError
 
 CERTIFICATE = "conversion.json"  # in the output folder

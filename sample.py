@@ -103,8 +103,8 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
 
 def _stream(pretrained, text, prompts, options) -> None:
     """Prints a single continuation as it comes."""
-    from perceiver_ar_jax.data.streaming import TextStream
     from perceiver_ar_jax.generation import stream
+    from perceiver_ar_jax.tokenizers import TextStream
 
     pieces = TextStream(pretrained.tokenizer)
     for token in prompts[0]:

@@ -74,7 +74,8 @@ def repeat_documents(pattern: str, folder: str) -> str:
 
 def our_batches(path: str, tokenizer: str, num_workers: int):
     """(tokens, is a pad) of batch after batch."""
-    from perceiver_ar_jax.data import DataConfig, load_tokenizer, make_loader
+    from perceiver_ar_jax.data import DataConfig, make_loader
+    from perceiver_ar_jax.tokenizers import load_tokenizer
 
     config = DataConfig(
         path,

@@ -160,6 +160,6 @@ def _load_reference(source):
 
 
 def _load_tokenizer(folder: Path, config: PerceiverARConfig):
-    from perceiver_ar_jax.data.tokenizer import load_tokenizer
+    from perceiver_ar_jax.tokenizers import load_tokenizer
 
     return load_tokenizer(folder, vocab_size=config.vocab_size)

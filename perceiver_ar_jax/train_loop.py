@@ -39,6 +39,7 @@ from perceiver_ar_jax.parallel.chips import chip_of
 from perceiver_ar_jax.preemption import Preemption
 from perceiver_ar_jax.pretrained import CHECKPOINTS_FOLDER, load_pretrained
 from perceiver_ar_jax.run_config import Settings
+from perceiver_ar_jax.tokenizers import load_tokenizer
 from perceiver_ar_jax.training import (
     Batch,
     TrainState,
@@ -65,7 +66,7 @@ def run(config: ConfigDict, workdir: str | Path) -> int:
       SaveError: a checkpoint cannot be written.
     """
     settings = Settings.from_config(config)
-    tokenizer = data.load_tokenizer(config.data.tokenizer, vocab_size=settings.model.vocab_size)
+    tokenizer = load_tokenizer(config.data.tokenizer, vocab_size=settings.model.vocab_size)
     join_processes()
     facts = {"config": _sha256(_plain(config)), "tokenizer": tokenizer.sha256}
     check_agreement({"version": __version__, **facts})

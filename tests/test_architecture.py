@@ -17,14 +17,14 @@ FLOORS = (
     {"command_line", "preemption", "run_config", "workdir"},
     {"evaluation", "pretrained"},
     {"generation", "data", "training", "conversion"},
-    {"model"},
+    {"model", "tokenizers"},
     {"config", "parallel", "_version"},
 )
 LIBRARIES = {  # third parties with one home each
     "torch": {"conversion"},
     "grain": {"data"},
     "tensorflow_datasets": {"data"},
-    "sentencepiece": {"data"},
+    "sentencepiece": {"tokenizers"},
     "array_record": {"data"},
     "orbax": {"training/checkpoint.py"},
     "ml_collections": {"run_config.py", "train_loop.py"},

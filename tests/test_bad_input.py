@@ -8,13 +8,13 @@ import pytest
 from small_models import random_params, small_config
 
 from perceiver_ar_jax import load_pretrained
-from perceiver_ar_jax.data import DataConfig, evaluation_batches, load_tokenizer, make_loader
+from perceiver_ar_jax.data import DataConfig, evaluation_batches, make_loader
 from perceiver_ar_jax.data.record_files import tfrecords
 from perceiver_ar_jax.data.sources import open_source
 from perceiver_ar_jax.data.tfds_convert import _write_tfrecord, to_tfrecord
 from perceiver_ar_jax.data.tfds_writer import Document, write_dataset
-from perceiver_ar_jax.data.tokenizer import ByteTokenizer, train_sentencepiece
 from perceiver_ar_jax.pretrained import save_pretrained
+from perceiver_ar_jax.tokenizers import ByteTokenizer, load_tokenizer, train_sentencepiece
 
 SPM_END = "(XLNet's spiece.model has 798011 bytes)"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 798011\n"

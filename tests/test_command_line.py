@@ -10,9 +10,9 @@ import jax
 import pytest
 
 from perceiver_ar_jax import PerceiverAR, PerceiverARConfig
-from perceiver_ar_jax.data.tokenizer import ByteTokenizer
 from perceiver_ar_jax.model import init_params
 from perceiver_ar_jax.pretrained import save_pretrained
+from perceiver_ar_jax.tokenizers import ByteTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -5,7 +5,7 @@ import pytest
 
 from perceiver_ar_jax.data import DataConfig, evaluation_batches
 from perceiver_ar_jax.data.record_files import MAX_PIECE_BYTES
-from perceiver_ar_jax.data.tokenizer import ByteTokenizer
+from perceiver_ar_jax.tokenizers import ByteTokenizer
 
 BYTES = ByteTokenizer()
 

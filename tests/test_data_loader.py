@@ -9,8 +9,8 @@ from grain.python import experimental
 
 from perceiver_ar_jax.data import DataConfig, make_loader, merge_states
 from perceiver_ar_jax.data.sources import open_source
-from perceiver_ar_jax.data.tokenizer import ByteTokenizer
 from perceiver_ar_jax.data.windows import Documents, WindowDataset, window_lengths
+from perceiver_ar_jax.tokenizers import ByteTokenizer
 
 BYTES = ByteTokenizer()
 TEXTS = [f"{i}:" + "abcdefghij"[i % 10] * (7 * i % 90) for i in range(50)]

@@ -7,7 +7,7 @@ import pytest
 from perceiver_ar_jax.data import DataConfig, make_loader
 from perceiver_ar_jax.data.sources import open_source
 from perceiver_ar_jax.data.tfds_writer import Document, write_dataset
-from perceiver_ar_jax.data.tokenizer import ByteTokenizer
+from perceiver_ar_jax.tokenizers import ByteTokenizer
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 SCRIPT = """
 import hashlib, json, multiprocessing, sys, time
 from perceiver_ar_jax.data import DataConfig, make_loader
-from perceiver_ar_jax.data.tokenizer import ByteTokenizer
+from perceiver_ar_jax.tokenizers import ByteTokenizer
 
 def main(source, num_workers, state, count):
     config = DataConfig(source=source, min_seq_len=12, max_seq_len=24, batch_size=5, seed=3,

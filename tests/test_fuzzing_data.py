@@ -7,13 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perceiver_ar_jax.data import DataConfig, load_tokenizer, make_loader
+from perceiver_ar_jax.data import DataConfig, make_loader
 from perceiver_ar_jax.data.record_files import ArrayRecordFile, TFRecordFile, tfrecords
 from perceiver_ar_jax.data.sources import open_source
-from perceiver_ar_jax.data.streaming import TextStream
 from perceiver_ar_jax.data.tf_example import bytes_feature
 from perceiver_ar_jax.data.tfds_convert import _write_array_record, _write_tfrecord
-from perceiver_ar_jax.data.tokenizer import ByteTokenizer, train_sentencepiece
+from perceiver_ar_jax.tokenizers import (
+    ByteTokenizer,
+    TextStream,
+    load_tokenizer,
+    train_sentencepiece,
+)
 
 RECORDS = [f"record {i} ".encode() * (7 * i % 40) for i in range(12)]
 

@@ -7,8 +7,7 @@ from conftest import import_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perceiver_ar_jax.data.hf_tokenizer import HFTokenizer
-from perceiver_ar_jax.data.tokenizer import load_tokenizer
+from perceiver_ar_jax.tokenizers import HFTokenizer, load_tokenizer
 
 
 @pytest.fixture(scope="module")

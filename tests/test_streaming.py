@@ -6,14 +6,14 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perceiver_ar_jax.data.hf_tokenizer import HFTokenizer
-from perceiver_ar_jax.data.streaming import TextStream
-from perceiver_ar_jax.data.tokenizer import (
+from perceiver_ar_jax.tokenizers import (
     ByteTokenizer,
+    HFTokenizer,
     SentencePieceTokenizer,
+    TextStream,
+    XLNetTokenizer,
     train_sentencepiece,
 )
-from perceiver_ar_jax.data.xlnet import XLNetTokenizer
 
 WORDS = ["The", "boat", "isn't", "far,", "we've", "“quoted”", "naïve", "日本語", "😀", "'", "."]
 FALLBACK_PIECES = [f"<0x{byte:02X}>" for byte in range(256)] + ["▁", "▁The", "▁n", "'", "t", "."]
@@ -171,9 +171,9 @@ class Counting(ByteTokenizer):
 
     decoded = 0
 
-    def decode(self, ids):
+    def decode_raw(self, ids):
         self.decoded += len(ids)
-        return super().decode(ids)
+        return super().decode_raw(ids)
 
 
 @pytest.mark.parametrize("text", ["plain text ", "日本語", "a😀€"])
@@ -181,4 +181,4 @@ def test_the_cost_of_a_token_does_not_grow_with_the_text(text):
     tokenizer = Counting()
     ids = tokenizer.encode(text * (6000 // len(text.encode())))
     streamed(tokenizer, ids)
-    assert tokenizer.decoded < 45 * len(ids)
+    assert 0 < tokenizer.decoded < 45 * len(ids)

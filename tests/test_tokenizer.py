@@ -7,7 +7,7 @@ from conftest import import_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perceiver_ar_jax.data.tokenizer import (
+from perceiver_ar_jax.tokenizers import (
     ByteTokenizer,
     SentencePieceTokenizer,
     load_tokenizer,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hub_cache import use_hub_cache, write_hub_cache
 
-from perceiver_ar_jax.data.tokenizer import load_tokenizer, train_sentencepiece
+from perceiver_ar_jax.tokenizers import load_tokenizer, train_sentencepiece
 
 pytest.importorskip("huggingface_hub", reason="needs the [hub] extra")
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,7 +53,7 @@ def test_of_another_models_files_the_one_with_hugging_faces_ids_is_taken(cache, 
 def test_a_fresh_process_finds_it_too(tmp_path, model):
     environment = write_hub_cache(tmp_path / "hub", "xlnet-base-cased", [model])
     code = (
-        "from perceiver_ar_jax.data import load_tokenizer\n"
+        "from perceiver_ar_jax.tokenizers import load_tokenizer\n"
         "print(load_tokenizer('xlnet-base-cased').vocab_size)"
     )
     done = subprocess.run(

@@ -9,8 +9,8 @@ from conftest import import_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perceiver_ar_jax.data.tokenizer import load_tokenizer, train_sentencepiece
-from perceiver_ar_jax.data.xlnet import SPECIAL_PIECES, XLNetTokenizer
+from perceiver_ar_jax.tokenizers import load_tokenizer, train_sentencepiece
+from perceiver_ar_jax.tokenizers.xlnet import SPECIAL_PIECES, XLNetTokenizer
 
 
 def full_width(text):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from perceiver_ar_jax.data.corpus import prepare_corpus
 from perceiver_ar_jax.data.sources import open_source
-from perceiver_ar_jax.data.tokenizer import train_sentencepiece
+from perceiver_ar_jax.tokenizers import train_sentencepiece
 
 
 def main() -> None:

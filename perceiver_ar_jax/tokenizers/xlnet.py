@@ -10,8 +10,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from perceiver_ar_jax.data.clean_up import clean_up
-from perceiver_ar_jax.data.tokenizer import SentencePieceTokenizer, ids_with_pieces
+from perceiver_ar_jax.tokenizers.protocol import ids_with_pieces
+from perceiver_ar_jax.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
 SPECIAL_PIECES = (  # their places in the model are their ids
     "<unk>",
@@ -69,12 +69,8 @@ class XLNetTokenizer(SentencePieceTokenizer):
         """The ids of each text."""
         return [self.encode(text) for text in texts]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Special pieces print their names; blanks before punctuation go."""
-        return clean_up(self.decode_raw(ids))
-
     def decode_raw(self, ids: Iterable[int]) -> str:
-        """`decode` before the clean-up: the pieces joined, the first blank dropped."""
+        """The pieces joined, special ones by their names, without the first blank."""
         pieces = self._unigram.pieces
         text = "".join(pieces[i] for i in ids_with_pieces(ids, self))
         return text.replace("▁", " ").removeprefix(" ")

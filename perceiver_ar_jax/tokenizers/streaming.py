@@ -1,6 +1,7 @@
 """Text as its tokens arrive."""
 
-from perceiver_ar_jax.data.clean_up import REPLACEMENTS
+from perceiver_ar_jax.tokenizers.clean_up import REPLACEMENTS
+from perceiver_ar_jax.tokenizers.protocol import Tokenizer
 
 FORGET_AT = 64  # tokens kept before the oldest are dropped,
 KEPT = 8  # down to so many: enough to tell a piece's place in the text
@@ -10,23 +11,20 @@ class TextStream:
     """Turns ids, one at a time, into text that later ids cannot change.
 
     What `push` returned and what `flush` returns, joined, are `tokenizer.decode` of all ids. A
-    character is never cut, whichever tokens share it. Works with every tokenizer of this package;
-    one whose text is cleaned up has `cleans_up` and `decode_raw`, one whose runs of some ids decode
-    only as a whole has these as `byte_ids`. The cost of a token does not grow with the text.
+    character is never cut, whichever tokens share it. The cost of a token does not grow with the
+    text.
     """
 
-    def __init__(self, tokenizer):
-        self._decode = getattr(tokenizer, "decode_raw", tokenizer.decode)
-        self._byte_ids = getattr(tokenizer, "byte_ids", frozenset())
-        self._cleans_up = getattr(tokenizer, "cleans_up", False)
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
         self._start()
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes, often none."""
         self._ids.append(int(token_id))
-        if self._ids[-1] in self._byte_ids:
+        if self._ids[-1] in self._tokenizer.byte_ids:
             return ""
-        text = self._decode(self._ids)
+        text = self._tokenizer.decode_raw(self._ids)
         settled = text.rstrip("\ufffd")  # stands for the beginning of a character
         new = settled[self._returned :]
         self._returned = len(settled)
@@ -36,7 +34,7 @@ class TextStream:
 
     def flush(self) -> str:
         """The rest of the text; the next `push` begins another."""
-        new = self._decode(self._ids)[self._returned :]
+        new = self._tokenizer.decode_raw(self._ids)[self._returned :]
         text = self._replace(new, last=True)
         self._start()
         return text
@@ -44,13 +42,13 @@ class TextStream:
     def _start(self) -> None:
         self._ids = []
         self._returned = 0  # characters of decode(self._ids), before the clean-up
-        replacements = REPLACEMENTS if self._cleans_up else ()
+        replacements = REPLACEMENTS if self._tokenizer.cleans_up else ()
         self._replacements = [_StreamedReplacement(old, new) for old, new in replacements]
 
     def _forget(self) -> None:
         """Drops the oldest ids; with no text left the next piece would be taken for the first."""
         kept = self._ids[-KEPT:]
-        if text := self._decode(kept):
+        if text := self._tokenizer.decode_raw(kept):
             self._ids = kept
             self._returned = len(text)
 

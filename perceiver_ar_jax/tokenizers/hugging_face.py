@@ -10,20 +10,16 @@ from pathlib import Path
 
 from etils import epath
 
-from perceiver_ar_jax.data.clean_up import clean_up
-from perceiver_ar_jax.data.tokenizer import (
-    HUGGING_FACE_FILE,
-    SPECIAL_TOKENS_FILE,
-    _valid_unicode,
-    ids_with_pieces,
-)
+from perceiver_ar_jax.tokenizers.protocol import Tokenizer, ids_with_pieces, valid_unicode
 
+HUGGING_FACE_FILE = "tokenizer.json"
+SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 CONFIG_FILE = "tokenizer_config.json"
 EOS_TOKENS = ("</s>", "<|endoftext|>", "<eos>", "[EOS]", "[SEP]")
 PAD_TOKENS = ("<pad>", "[PAD]", "<|padding|>")
 
 
-class HFTokenizer:
+class HFTokenizer(Tokenizer):
     """`tokenizer.json` through the `tokenizers` package: ids and texts as transformers gives them.
 
     `eos_id` and `pad_id` are the tokens that `special_tokens_map.json` or `tokenizer_config.json`
@@ -77,22 +73,17 @@ class HFTokenizer:
           ValueError: a character has no token, and the tokenizer none for unknown ones.
         """
         with _clear_errors():
-            return self._tokenizer.encode(_valid_unicode(text), add_special_tokens=False).ids
+            return self._tokenizer.encode(valid_unicode(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """The ids of each text."""
-        texts = [_valid_unicode(text) for text in texts]
+        texts = [valid_unicode(text) for text in texts]
         with _clear_errors():
             encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Special tokens print their names."""
-        text = self.decode_raw(ids)
-        return clean_up(text) if self.cleans_up else text
-
     def decode_raw(self, ids: Iterable[int]) -> str:
-        """`decode` before the clean-up."""
+        """Special tokens print their names."""
         return self._tokenizer.decode(ids_with_pieces(ids, self), skip_special_tokens=False)
 
     def save(self, folder: str | Path) -> Path:
