@@ -19,14 +19,19 @@ from pathlib import Path
 import numpy as np
 
 from perceiver_ar_jax.config import PerceiverARConfig
-from perceiver_ar_jax.conversion import rules, to_flax, write_reference
+from perceiver_ar_jax.conversion import to_flax, write_reference
+from perceiver_ar_jax.conversion.perceiver_io import (
+    FREQUENCIES,
+    PERCEIVER_IO,
+)
+from perceiver_ar_jax.conversion.rules import torch_shape
 from perceiver_ar_jax.model.positions import inverse_frequencies
 
 ROOT = Path(__file__).resolve().parent.parent
 # What the largest process imports, by the value of --verify.
 IMPORTS = {
-    "none": "import convert_from_torch",
-    "2": "import convert_from_torch, torch, perceiver.model.text.clm",
+    "none": "import perceiver_ar_jax.convert",
+    "2": "import perceiver_ar_jax.convert, torch, perceiver.model.text.clm",
 }
 
 
@@ -67,9 +72,9 @@ def write_source(folder: Path) -> None:
     config = PerceiverARConfig.clm_base()
     config = config.replace(rotary_inv_freq=inverse_frequencies(config))
     rng = np.random.default_rng(0)
-    tensors = {rules.FREQUENCIES: inverse_frequencies(config)}
-    for rule in rules.rules(config):
-        shape = rules.torch_shape(rule, config)
+    tensors = {FREQUENCIES: inverse_frequencies(config)}
+    for rule in PERCEIVER_IO.of_model(config):
+        shape = torch_shape(rule, config)
         tensors[rule.torch] = 0.02 * rng.standard_normal(shape, np.float32)
     write_reference(folder, to_flax(tensors, config), config)
 

@@ -12,7 +12,8 @@ from conftest import import_reference
 from small_models import left_pads, quick_jit
 
 from perceiver_ar_jax import PerceiverAR, PerceiverARConfig
-from perceiver_ar_jax.conversion.rules import FREQUENCIES, to_flax, to_torch
+from perceiver_ar_jax.conversion import to_flax, to_torch
+from perceiver_ar_jax.conversion.perceiver_io import FREQUENCIES
 from perceiver_ar_jax.training import (
     Batch,
     OptimizerConfig,

@@ -7,8 +7,12 @@ import ml_dtypes
 import numpy as np
 
 from perceiver_ar_jax import PerceiverARConfig
-from perceiver_ar_jax.conversion import rules
+from perceiver_ar_jax.conversion.perceiver_io import (
+    FREQUENCIES,
+    PERCEIVER_IO,
+)
 from perceiver_ar_jax.conversion.reference_config import config_to_reference
+from perceiver_ar_jax.conversion.rules import torch_shape
 from perceiver_ar_jax.conversion.safetensors_files import write_safetensors
 from perceiver_ar_jax.model.positions import inverse_frequencies
 
@@ -36,9 +40,9 @@ def random_tensors(
     """All tensors of a model, every one different from all others; frequencies rounded to bf16."""
     rng = np.random.default_rng(seed)
     frequencies = inverse_frequencies(config).astype(ml_dtypes.bfloat16).astype(dtype)
-    tensors = {rules.FREQUENCIES: frequencies}
-    for rule in rules.rules(config):
-        shape = rules.torch_shape(rule, config)
+    tensors = {FREQUENCIES: frequencies}
+    for rule in PERCEIVER_IO.of_model(config):
+        shape = torch_shape(rule, config)
         tensors[rule.torch] = rng.normal(0, 0.3, shape).astype(np.float32).astype(dtype)
     return tensors
 

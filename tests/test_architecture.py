@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the top of the house to the ground; a part imports parts of lower floors only, or itself.
 FLOORS = (
     {"train_loop"},
-    {"command_line", "preemption", "run_config", "workdir"},
+    {"command_line", "convert", "preemption", "run_config", "workdir"},
     {"evaluation", "pretrained"},
     {"generation", "data", "training", "conversion"},
     {"model", "tokenizers"},

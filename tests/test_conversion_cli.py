@@ -20,7 +20,7 @@ from reference_tensors import (
 )
 from torch_zip import text, write_archive
 
-from perceiver_ar_jax import load_pretrained
+from perceiver_ar_jax import convert, load_pretrained
 from perceiver_ar_jax.conversion import read_reference
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,10 +78,32 @@ def test_dtype_rounds_the_weights_but_not_the_frequencies(hub_folder, tmp_path):
     np.testing.assert_array_equal(rounded, expected.astype(ml_dtypes.bfloat16))
 
 
-def test_a_dry_run_reports_and_writes_nothing(hub_folder, tmp_path, capsys):
+def test_a_dry_run_needs_no_output_reports_and_writes_nothing(hub_folder, tmp_path, capsys):
+    assert run(hub_folder, "--dry_run") == 0
     assert run(hub_folder, "--output", tmp_path / "ours", "--dry_run") == 0
     assert os.listdir(tmp_path) == ["hub"]
+    assert capsys.readouterr().out.count("27 tensors") == 2
+    assert run(hub_folder, "--output", tmp_path / "ours", "--verify", "none") == 0
+    capsys.readouterr()
+    assert run(tmp_path / "ours", "--to_torch", "--dry_run") == 0
     assert "27 tensors" in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path)) == ["hub", "ours"]
+
+
+def test_help_shows_defaults_and_an_example_and_imports_nothing_heavy():
+    program = (
+        "import sys, convert_from_torch\n"
+        "try: convert_from_torch.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({name.split('.')[0] for name in sys.modules} & {'jax', 'numpy', 'flax'}))\n"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert shown.endswith("[]\n")
+    assert "python convert_from_torch.py krasserm/perceiver-ar-clm-base --output" in shown
+    options = [option for option in shown.split("\n  --")[1:] if "--" not in option.split()[0]]
+    assert len(options) == 7 and all("(default: " in option for option in options)
 
 
 def test_the_tokenizer_beside_the_weights_comes_along_both_ways(hub_folder, tmp_path):
@@ -109,11 +131,10 @@ def test_a_named_sentencepiece_model_becomes_the_tokenizer(tmp_path, shared_data
 def pretend_reference(monkeypatch, change):
     """Our own logits in the place of perceiver-io's, changed."""
 
-    def logits(tensors, config, inputs):
-        params = convert_from_torch.to_flax(tensors, config)
-        return change(convert_from_torch.our_logits(params, config, inputs))
+    def logits(rules, tensors, config, inputs):
+        return change(convert.our_logits(rules.to_flax(tensors, config), config, inputs))
 
-    monkeypatch.setattr(convert_from_torch, "reference_logits", logits)
+    monkeypatch.setattr(convert, "reference_logits", logits)
 
 
 def test_equal_logits_are_certified(hub_folder, tmp_path, monkeypatch):
@@ -142,7 +163,7 @@ def test_without_the_reference_the_round_trip_is_verified(hub_folder, tmp_path, 
     def missing(*_):
         raise ImportError("torch and perceiver-io do not import: no torch")
 
-    monkeypatch.setattr(convert_from_torch, "reference_logits", missing)
+    monkeypatch.setattr(convert, "reference_logits", missing)
     assert run(hub_folder, "--output", tmp_path / "ours") == 0
     checks = json.loads((tmp_path / "ours" / "conversion.json").read_text())["checks"]
     assert checks == {
@@ -154,13 +175,13 @@ def test_without_the_reference_the_round_trip_is_verified(hub_folder, tmp_path, 
 def test_a_tensor_that_does_not_come_back_ends_with_code_1(
     hub_folder, tmp_path, monkeypatch, capsys
 ):
-    save = convert_from_torch.save_pretrained
+    save = convert.save_pretrained
 
     def save_something_else(folder, config, params):
         params["output_bias"] = params["output_bias"] + 1
         save(folder, config, params)
 
-    monkeypatch.setattr(convert_from_torch, "save_pretrained", save_something_else)
+    monkeypatch.setattr(convert, "save_pretrained", save_something_else)
     pretend_reference(monkeypatch, lambda logits: logits)
     assert run(hub_folder, "--output", tmp_path / "ours") == 1
     assert "after a round trip: output_adapter.bias" in capsys.readouterr().err
@@ -204,24 +225,37 @@ def bad_source(folder, name):
             write_config(folder, MODEL, num_heads=3)
             return [folder], "no multiple of num_heads 3"
         case "not ours":
-            return [folder, "--to_torch"], "is no checkpoint of ours"
+            return [folder, "--to_torch"], "is not a checkpoint of ours"
         case "tokenizer":
             (folder / "page.model").write_text("<!doctype html>")
             return [folder, "--tokenizer", folder / "page.model"], "is an HTML page"
         case "rows":
-            return [folder, "--verify", "all"], "a number of rows or none"
+            return [folder, "--verify", "all"], "neither a number of rows nor none"
         case "option":
             return [folder, "--out_put", "x"], "--out_put"
+        case "no output":
+            return [folder], "--output is missing; only --dry_run does without"
 
 
 @pytest.mark.parametrize(
     "name",
-    ["missing", "harmful", "cut off", "wrong config", "not ours", "tokenizer", "rows", "option"],
+    [
+        "missing",
+        "harmful",
+        "cut off",
+        "wrong config",
+        "not ours",
+        "tokenizer",
+        "rows",
+        "option",
+        "no output",
+    ],
 )
 def test_bad_input_gets_one_line_and_code_2(name, hub_folder, tmp_path, capsys):
     arguments, message = bad_source(hub_folder, name)
     try:
-        code = run(*arguments, "--output", tmp_path / "result")
+        output = [] if name == "no output" else ["--output", tmp_path / "result"]
+        code = run(*arguments, *output)
     except SystemExit as end:  # argparse leaves by itself
         code = end.code
     error = capsys.readouterr().err

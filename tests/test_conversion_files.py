@@ -20,7 +20,7 @@ from reference_tensors import (
 )
 from torch_zip import mapping, tensor, text, write_archive, write_state_dict
 
-from perceiver_ar_jax.conversion import read_reference, readers, to_flax, write_reference
+from perceiver_ar_jax.conversion import checkpoint_files, read_reference, to_flax, write_reference
 from perceiver_ar_jax.conversion.safetensors_files import read_safetensors
 from perceiver_ar_jax.conversion.torch_files import OLD_MAGIC, read_torch_file
 from perceiver_ar_jax.conversion.writers import new_folder
@@ -229,7 +229,7 @@ def test_tensors_that_are_one_stored_element_convert(expanded, tmp_path):
 
 
 def test_a_small_file_that_would_fill_the_memory_is_refused(expanded, monkeypatch):
-    monkeypatch.setattr(readers, "_memory_bytes", lambda: 40_000)
+    monkeypatch.setattr(checkpoint_files, "_memory_bytes", lambda: 40_000)
     message = r"x.bin: its tensors share storage: .* more than half of this machine's memory"
     with pytest.raises(ValueError, match=message):
         read_reference(expanded)
@@ -307,19 +307,19 @@ def _(folder):
     return folder
 
 
-@broken("config.json is no JSON")
+@broken("config.json is not JSON")
 def _(folder):
     (folder / "config.json").write_text('{"model_config": {')
     return folder
 
 
-@broken("config.json is no JSON")
+@broken("config.json is not JSON")
 def _(folder):
     (folder / "config.json").write_text("[" * 100_000)
     return folder
 
 
-@broken("config.json describes no perceiver-ar-causal-language-model but model_type 'gpt2'")
+@broken("config.json has model_type 'gpt2', not perceiver-ar-causal-language-model")
 def _(folder):
     (folder / "config.json").write_text('{"model_type": "gpt2"}')
     return folder
@@ -413,7 +413,7 @@ def _(folder):
     return folder / "model.safetensors"
 
 
-@broken("no Perceiver AR: 0 of its 1 tensors end in input_adapter.txt_embedding.weight")
+@broken("not a Perceiver AR: 0 of its 1 tensors end in input_adapter.txt_embedding.weight")
 def _(folder):
     write_tensors(folder / "model.safetensors", {"lm_head.weight": np.zeros(3)})
     return folder

@@ -1,18 +1,33 @@
+import dataclasses
+
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from reference_tensors import CONFIGS, assert_same_bits, random_tensors
+from reference_tensors import CONFIGS, SMALL, assert_same_bits, random_tensors
 
-from perceiver_ar_jax.conversion import rules, to_flax, to_torch
+from perceiver_ar_jax.conversion import (
+    read_reference,
+    readers,
+    to_flax,
+    to_torch,
+    write_reference,
+)
+from perceiver_ar_jax.conversion.perceiver_io import (
+    FREQUENCIES,
+    PERCEIVER_IO,
+    TOKEN_EMBEDDING,
+    rotary_channel_order,
+)
 from perceiver_ar_jax.conversion.reference_config import config_from_reference, config_to_reference
+from perceiver_ar_jax.conversion.rules import torch_shape
 from perceiver_ar_jax.model import PerceiverAR
 
 
 def with_frequencies(config, tensors):
     return config.replace(
-        rotary_inv_freq=tuple(tensors[rules.FREQUENCIES].tolist()),
-        param_dtype=tensors[rules.TOKEN_EMBEDDING].dtype,
+        rotary_inv_freq=tuple(tensors[FREQUENCIES].tolist()),
+        param_dtype=tensors[TOKEN_EMBEDDING].dtype,
     )
 
 
@@ -24,8 +39,8 @@ def test_both_round_trips_give_every_bit_back(name, dtype):
     params = to_flax(tensors, config)
     exported = to_torch(params, config)
     assert_same_bits(exported, tensors)
-    leaves = rules.checked_leaves(params, config)
-    assert_same_bits(rules.checked_leaves(to_flax(exported, config), config), leaves)
+    leaves = PERCEIVER_IO.checked_leaves(params, config)
+    assert_same_bits(PERCEIVER_IO.checked_leaves(to_flax(exported, config), config), leaves)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -50,18 +65,18 @@ def test_jax_takes_converted_parameters_over_without_a_copy():
 def test_rotated_channels_come_as_two_halves_the_rest_stays():
     config = CONFIGS["absolute positions"]  # 2 heads of 8 channels, of which 4 rotate
     order = [0, 2, 1, 3, 4, 5, 6, 7]
-    assert rules.rotary_channel_order(config).tolist() == [*order, *(8 + i for i in order)]
+    assert rotary_channel_order(config).tolist() == [*order, *(8 + i for i in order)]
 
 
 def test_every_parameter_of_the_table_has_its_own_names():
     for config in CONFIGS.values():
-        table = rules.rules(config)
+        table = PERCEIVER_IO.of_model(config)
         assert len({rule.flax for rule in table}) == len({rule.torch for rule in table})
 
 
 def test_the_455m_model_has_its_published_size():
     config = CONFIGS["absolute positions"].clm_base()
-    shapes = [rules.torch_shape(rule, config) for rule in rules.rules(config)]
+    shapes = [torch_shape(rule, config) for rule in PERCEIVER_IO.of_model(config)]
     assert sum(map(np.prod, shapes)) == 453_950_720
     assert len(shapes) + 1 == 217
 
@@ -71,7 +86,7 @@ def test_one_error_lists_what_is_missing_left_over_and_misshapen():
     tensors = random_tensors(config)
     del tensors["output_adapter.bias"]
     tensors["loss.weight"] = np.zeros((3, 4))
-    tensors[rules.TOKEN_EMBEDDING] = np.zeros((21, 16))
+    tensors[TOKEN_EMBEDDING] = np.zeros((21, 16))
     with pytest.raises(ValueError) as error:
         to_flax(tensors, config)
     assert "1 missing: output_adapter.bias (vocab_size 20)" in str(error.value)
@@ -147,3 +162,32 @@ def test_impossible_config_values_raise_one_line(changes):
         config_from_reference(config_to_reference(CONFIGS["rotary only"]) | changes)
     assert next(iter(changes)) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_second_source_is_another_value_of_rules(tmp_path, monkeypatch):
+    table = tuple(rule._replace(torch=f"other.{rule.torch}") for rule in PERCEIVER_IO.table)
+    other = dataclasses.replace(
+        PERCEIVER_IO,
+        name="other",
+        model_type="other-ar",
+        anchor=f"other.{TOKEN_EMBEDDING}",
+        table=table,
+        read_config=lambda content, path: config_from_reference(content["fields"]),
+        write_config=lambda config: {
+            "model_type": "other-ar",
+            "fields": config_to_reference(config),
+        },
+        written_prefix="",
+    )
+    monkeypatch.setattr(readers, "SOURCES", (PERCEIVER_IO, other))
+    tensors = random_tensors(SMALL)
+    config = with_frequencies(SMALL, tensors)
+    params = to_flax(tensors, config)
+    write_reference(tmp_path / "theirs", params, config)
+    write_reference(tmp_path / "other", params, config, rules=other)
+    found = [read_reference(tmp_path / name) for name in ("theirs", "other")]
+    assert [checkpoint.rules.name for checkpoint in found] == ["perceiver-io", "other"]
+    assert f"other.{TOKEN_EMBEDDING}" in found[1].tensors
+    assert found[0].config == found[1].config
+    converted = [checkpoint.rules.to_flax(checkpoint.tensors, config) for checkpoint in found]
+    jax.tree.map(np.testing.assert_array_equal, *converted)

@@ -4,13 +4,17 @@ import numpy as np
 import pytest
 from reference_tensors import CONFIGS, SMALL, random_tensors
 
-from perceiver_ar_jax.conversion import rules, to_flax, verification
+from perceiver_ar_jax.conversion import to_flax, verification
 from perceiver_ar_jax.conversion.certificate import describe_model
+from perceiver_ar_jax.conversion.perceiver_io import (
+    FREQUENCIES,
+    PERCEIVER_IO,
+)
 
 
 def converted(config):
     tensors = random_tensors(config)
-    frequencies = tuple(tensors[rules.FREQUENCIES].tolist())
+    frequencies = tuple(tensors[FREQUENCIES].tolist())
     config = config.replace(rotary_inv_freq=frequencies)
     return tensors, to_flax(tensors, config), config
 
@@ -45,7 +49,7 @@ def test_random_rows_are_left_padded_within_the_prefix():
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_right_conversion_gives_every_tensor_back(name):
-    assert verification.differing_tensors(*converted(CONFIGS[name])) == []
+    assert verification.differing_tensors(PERCEIVER_IO, *converted(CONFIGS[name])) == []
 
 
 def test_one_flipped_bit_and_one_swap_are_named():
@@ -53,7 +57,7 @@ def test_one_flipped_bit_and_one_swap_are_named():
     params["self_attention_0"]["mlp"]["up"]["kernel"].view(np.uint8)[0, 0] ^= 1
     norms = params["cross_attention"]
     norms["q_norm"], norms["kv_norm"] = norms["kv_norm"], norms["q_norm"]
-    assert verification.differing_tensors(tensors, params, config) == [
+    assert verification.differing_tensors(PERCEIVER_IO, tensors, params, config) == [
         "cross_attention.0.module.q_norm.weight",
         "cross_attention.0.module.q_norm.bias",
         "cross_attention.0.module.kv_norm.weight",
@@ -66,7 +70,7 @@ def test_without_the_reference_an_import_error_says_so(monkeypatch):
     tensors, _, config = converted(SMALL)
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ImportError, match="torch and perceiver-io do not import"):
-        verification._reference_logits(tensors, config, verification.random_inputs(config, 1))
+        PERCEIVER_IO.logits(tensors, config, *verification.random_inputs(config, 1))
 
 
 def test_the_certificate_counts_parameters_and_measures_tensors():

@@ -29,9 +29,9 @@ from reference_tensors import (
 from torch_zip import STORAGES, mapping, number, tensor, text, write_archive, write_state_dict
 
 from perceiver_ar_jax.conversion import read_reference, to_flax
+from perceiver_ar_jax.conversion.perceiver_io import PERCEIVER_IO
 from perceiver_ar_jax.conversion.pickles import read_pickle
 from perceiver_ar_jax.conversion.reference_config import config_to_reference
-from perceiver_ar_jax.conversion.rules import checked_leaves, rules
 from perceiver_ar_jax.conversion.safetensors_files import read_safetensors
 from perceiver_ar_jax.conversion.torch_files import read_torch_file
 
@@ -274,7 +274,7 @@ def test_any_bytes_are_a_pickle_of_inert_objects_or_a_value_error(data):
 
 MODEL = SMALL.replace(num_self_attention_layers=1, vocab_size=5, max_seq_len=6)
 FIELDS = config_to_reference(MODEL)
-PARAMETERS = {rule.flax for rule in rules(MODEL)}
+PARAMETERS = {rule.flax for rule in PERCEIVER_IO.of_model(MODEL)}
 changed_fields = st.dictionaries(st.sampled_from(sorted(FIELDS)), json_values, max_size=3)
 
 
@@ -338,4 +338,4 @@ def test_a_damaged_model_file_gives_a_whole_model_or_a_value_error(model_folder,
     weights.write_bytes(data.draw(damaged(good[:header])) + good[header:])
     converted = convert_or_value_error(model_folder, len(good))
     if converted is not None:
-        assert set(checked_leaves(converted[1], converted[0])) == PARAMETERS
+        assert set(PERCEIVER_IO.checked_leaves(converted[1], converted[0])) == PARAMETERS

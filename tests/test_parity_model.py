@@ -21,7 +21,7 @@ from reference import (
 from small_models import quick_jit
 
 from perceiver_ar_jax import PerceiverAR, PerceiverARConfig
-from perceiver_ar_jax.conversion.rules import rules
+from perceiver_ar_jax.conversion.perceiver_io import PERCEIVER_IO
 from perceiver_ar_jax.model import init_params, perceiver_ar
 
 
@@ -73,4 +73,4 @@ def test_published_models_have_as_many_parameters_here_as_there(preset):
     numbers = [math.prod(leaf.shape) for leaf in jax.tree.leaves(ours)]
     assert sum(numbers) == sum(parameter.numel() for parameter in reference.parameters())
     # The state dict has the rotary frequencies besides.
-    assert len(numbers) + 1 == len(rules(config)) + 1 == len(reference.state_dict())
+    assert len(numbers) + 1 == len(PERCEIVER_IO.of_model(config)) + 1 == len(reference.state_dict())

@@ -4,7 +4,7 @@ import pytest
 from reference import assert_close_to_reference, our_model, random_config, reference_model, torch
 from small_models import left_pads, quick_jit
 
-from perceiver_ar_jax.conversion.rules import rotary_channel_order
+from perceiver_ar_jax.conversion.perceiver_io import rotary_channel_order
 from perceiver_ar_jax.model import masks
 from perceiver_ar_jax.model.layers import (
     MLP,

@@ -10,17 +10,20 @@ import ml_dtypes
 import numpy as np
 
 from perceiver_ar_jax.config import PerceiverARConfig
-from perceiver_ar_jax.conversion import rules
+from perceiver_ar_jax.conversion.perceiver_io import PERCEIVER_IO
+from perceiver_ar_jax.conversion.rules import Rules
 from perceiver_ar_jax.conversion.stored_tensor import checksum
 from perceiver_ar_jax.model.positions import inverse_frequencies
 
 PACKAGES = ("perceiver-ar-jax", "jax", "flax", "numpy", "torch", "perceiver-io")
 
 
-def describe_model(tensors: Mapping[str, Any], config: PerceiverARConfig) -> dict[str, Any]:
-    """Sizes, and per tensor of perceiver-io its shape, dtype, largest magnitude and CRC-32."""
+def describe_model(
+    tensors: Mapping[str, Any], config: PerceiverARConfig, rules: Rules = PERCEIVER_IO
+) -> dict[str, Any]:
+    """Sizes, and per tensor of the source its shape, dtype, largest magnitude and CRC-32."""
     described = {name: _describe_tensor(np.asarray(tensor)) for name, tensor in tensors.items()}
-    parameters = [name for name in tensors if name != rules.FREQUENCIES]
+    parameters = [name for name in tensors if name != rules.frequencies]
     return {
         "parameters": sum(math.prod(tensors[name].shape) for name in parameters),
         "bytes": sum(tensor.nbytes for tensor in tensors.values()),

@@ -1,6 +1,12 @@
-"""The table that maps every parameter of perceiver-io to one of ours, and back."""
+"""How a source's tensors become our parameters and back: a table of rules, and what reads it.
 
+A source is one architecture in one library. All that is known of it is a value of `Rules` in a file
+of its own (perceiver_io.py); nothing here or in the readers of files names a tensor.
+"""
+
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -9,20 +15,23 @@ import numpy as np
 from perceiver_ar_jax.config import PerceiverARConfig
 from perceiver_ar_jax.model.positions import inverse_frequencies
 
-# perceiver-io saves the rotary frequencies as a tensor; here they are `config.rotary_inv_freq`.
-FREQUENCIES = "input_adapter.frq_pos_encoding.inv_freq"
-TOKEN_EMBEDDING = "input_adapter.txt_embedding.weight"
-
 
 class Transform(NamedTuple):
-    """How an array of perceiver-io becomes ours, and the inverse."""
+    """How an array of the source becomes ours, and the inverse."""
 
     to_flax: Callable[[np.ndarray, PerceiverARConfig], np.ndarray]
     to_torch: Callable[[np.ndarray, PerceiverARConfig], np.ndarray]
 
 
+SAME = Transform(lambda x, config: x, lambda x, config: x)
+TRANSPOSED = Transform(lambda x, config: x.T, lambda x, config: x.T)
+
+
 class Rule(NamedTuple):
-    """One parameter: our path, perceiver-io's name and shape, and the way between them."""
+    """One parameter: our path, the source's name and shape, and the way between them.
+
+    `{i}` in both names stands for the index of a self-attention layer.
+    """
 
     flax: str
     torch: str
@@ -30,176 +39,130 @@ class Rule(NamedTuple):
     transform: Transform
 
 
-def rotary_channel_order(config: PerceiverARConfig) -> np.ndarray:
-    """For each output channel of our q_proj and k_proj the channel of perceiver-io it holds, (D,).
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """All that is known of a source.
 
-    perceiver-io rotates neighbouring channels, our model two contiguous halves. Queries and keys
-    move alike, so attention scores stay the same, in layers without rotation too.
+    Attributes:
+      name: what messages call it.
+      model_type: `model_type` in its config.json.
+      anchor: a tensor that every checkpoint has. What wrappers put before its name is dropped.
+      frequencies: the tensor of the rotary frequencies; here they are `config.rotary_inv_freq`.
+      table: a rule per parameter.
+      optional: first part of our path → the boolean field of the config that asks for it.
+      read_config: our config from the content of a config.json or a Lightning file's
+        hyper_parameters; the path is for warnings. Raises ValueError.
+      write_config: the content of config.json.
+      written_prefix: what stands before the names of tensors in a file that we write.
+      logits: the source's own model applied to its tensors, for verification; imports what it
+        needs lazily, and raises ImportError without it.
     """
-    rotated = np.arange(config.num_rotated_channels)
-    rest = np.arange(config.num_rotated_channels, config.head_dim)
-    head = np.concatenate([rotated[0::2], rotated[1::2], rest])
-    starts = np.arange(config.num_heads) * config.head_dim
-    return (starts[:, None] + head).reshape(-1)
 
+    name: str
+    model_type: str
+    anchor: str
+    frequencies: str
+    table: tuple[Rule, ...]
+    optional: Mapping[str, str]
+    read_config: Callable[[Mapping[str, Any], Path], PerceiverARConfig]
+    write_config: Callable[[PerceiverARConfig], dict[str, Any]]
+    written_prefix: str
+    logits: Callable[..., np.ndarray]
 
-SAME = Transform(lambda x, config: x, lambda x, config: x)
-TRANSPOSED = Transform(lambda x, config: x.T, lambda x, config: x.T)
-ROTARY = Transform(
-    lambda x, config: x[rotary_channel_order(config)].T,
-    lambda x, config: x.T[np.argsort(rotary_channel_order(config))],
-)
+    def of_model(self, config: PerceiverARConfig) -> list[Rule]:
+        """The rules of a model with this config, one per parameter."""
+        result = []
+        for rule in self.table:
+            switch = self.optional.get(rule.flax.split("/")[0])
+            if switch is not None and not getattr(config, switch):
+                continue
+            layers = range(config.num_self_attention_layers) if "{i}" in rule.torch else range(1)
+            result += [
+                rule._replace(flax=rule.flax.format(i=i), torch=rule.torch.format(i=i))
+                for i in layers
+            ]
+        return result
 
+    def to_flax(self, tensors: Mapping[str, Any], config: PerceiverARConfig) -> dict[str, Any]:
+        """Our parameters, nested dicts of `config.param_dtype`, from the source's tensors.
 
-def _norm(ours: str, theirs: str) -> tuple[Rule, ...]:
-    return (
-        Rule(f"{ours}/scale", f"{theirs}.weight", "D", SAME),
-        Rule(f"{ours}/bias", f"{theirs}.bias", "D", SAME),
-    )
+        `tensors` has the source's names without a prefix; its values are arrays, or have a shape
+        and become an array by `np.asarray`, one at a time.
 
+        Raises:
+          ValueError: names every tensor that is missing, left over or of another shape, and
+            frequencies that are not `config.rotary_inv_freq`.
+        """
+        self.check_tensors(tensors, config)
+        frequencies = np.asarray(tensors[self.frequencies]).astype(np.float32)
+        if not np.array_equal(frequencies, inverse_frequencies(config)):
+            raise ValueError(f"config.rotary_inv_freq differs from the tensor {self.frequencies}")
+        dtype = np.dtype(config.param_dtype)
+        params: dict[str, Any] = {}
+        for rule in self.of_model(config):
+            array = rule.transform.to_flax(np.asarray(tensors[rule.torch]), config)
+            *parents, leaf = rule.flax.split("/")
+            node = params
+            for name in parents:
+                node = node.setdefault(name, {})
+            node[leaf] = _aligned_copy(array, dtype)
+        return params
 
-def _attention(ours: str, theirs: str) -> tuple[Rule, ...]:
-    return (
-        Rule(f"{ours}/q_proj/kernel", f"{theirs}.q_proj.weight", "DD", ROTARY),
-        Rule(f"{ours}/k_proj/kernel", f"{theirs}.k_proj.weight", "DD", ROTARY),
-        Rule(f"{ours}/v_proj/kernel", f"{theirs}.v_proj.weight", "DD", TRANSPOSED),
-        Rule(f"{ours}/o_proj/kernel", f"{theirs}.o_proj.weight", "DD", TRANSPOSED),
-    )
+    def to_torch(self, params: Mapping[str, Any], config: PerceiverARConfig) -> dict[str, Any]:
+        """The source's tensors, by name without a prefix, from our parameters; dtypes stay.
 
+        Raises:
+          ValueError: names every parameter that is missing, left over or of another shape.
+        """
+        return dict(self.iterate_torch(params, config))
 
-def _mlp(ours: str, theirs: str, width: str) -> tuple[Rule, ...]:
-    return (
-        *_norm(f"{ours}/norm", f"{theirs}.0"),
-        Rule(f"{ours}/up/kernel", f"{theirs}.1.weight", f"{width}D", TRANSPOSED),
-        Rule(f"{ours}/down/kernel", f"{theirs}.3.weight", f"D{width}", TRANSPOSED),
-    )
+    def iterate_torch(
+        self, params: Mapping[str, Any], config: PerceiverARConfig
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """The items of `to_torch`, made one at a time so that a large model exists only once."""
+        leaves = self.checked_leaves(params, config)
+        yield self.frequencies, _frequencies_to_store(config)
+        for rule in self.of_model(config):
+            array = np.asarray(leaves[rule.flax])
+            yield rule.torch, np.ascontiguousarray(rule.transform.to_torch(array, config))
 
+    def torch_specs(
+        self, params: Mapping[str, Any], config: PerceiverARConfig
+    ) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+        """Dtype and shape of the items of `iterate_torch`, in its order."""
+        leaves = self.checked_leaves(params, config)
+        frequencies = _frequencies_to_store(config)
+        return {self.frequencies: (frequencies.dtype, frequencies.shape)} | {
+            rule.torch: (np.dtype(leaves[rule.flax].dtype), torch_shape(rule, config))
+            for rule in self.of_model(config)
+        }
 
-TABLE = (
-    Rule("token_embedding/embedding", TOKEN_EMBEDDING, "VD", SAME),
-    Rule("position_embedding/embedding", "input_adapter.pos_embedding.weight", "SD", SAME),
-    *_norm("cross_attention/q_norm", "cross_attention.0.module.q_norm"),
-    *_norm("cross_attention/kv_norm", "cross_attention.0.module.kv_norm"),
-    *_attention("cross_attention/attention", "cross_attention.0.module.attention"),
-    Rule(
-        "cross_attention/attention/o_proj/bias",
-        "cross_attention.0.module.attention.o_proj.bias",
-        "D",
-        SAME,
-    ),
-    *_mlp("cross_attention/mlp", "cross_attention.1.module", "C"),
-    *_norm("self_attention_{i}/norm", "self_attention.{i}.0.module.norm"),
-    *_attention("self_attention_{i}/attention", "self_attention.{i}.0.module.attention"),
-    *_mlp("self_attention_{i}/mlp", "self_attention.{i}.1.module", "F"),
-    *_norm("out_norm", "out_norm"),
-    Rule("output_bias", "output_adapter.bias", "V", SAME),
-)
+    def checked_leaves(
+        self, params: Mapping[str, Any], config: PerceiverARConfig
+    ) -> dict[str, Any]:
+        """Our parameters by path; raises ValueError unless a model of `config` has just these."""
+        leaves = _flatten(params)
+        wanted = {
+            rule.flax: rule.torch_shape if rule.transform is SAME else rule.torch_shape[::-1]
+            for rule in self.of_model(config)
+        }
+        _check(leaves, wanted, config, "parameter")
+        return leaves
 
-# Parameters that a model has only if this field of its config is true.
-OPTIONAL = {
-    "position_embedding": "abs_pos_emb",
-    "out_norm": "output_norm",
-    "output_bias": "output_bias",
-}
-
-
-def rules(config: PerceiverARConfig) -> list[Rule]:
-    """The rows of `TABLE` that a model with this config has, one per parameter."""
-    result = []
-    for rule in TABLE:
-        switch = OPTIONAL.get(rule.flax.split("/")[0])
-        if switch is not None and not getattr(config, switch):
-            continue
-        layers = range(config.num_self_attention_layers) if "{i}" in rule.torch else range(1)
-        result += [
-            rule._replace(flax=rule.flax.format(i=i), torch=rule.torch.format(i=i)) for i in layers
-        ]
-    return result
+    def check_tensors(self, tensors: Mapping[str, Any], config: PerceiverARConfig) -> None:
+        """Raises ValueError unless names and shapes are those of a model of `config`."""
+        if config.num_self_attention_layers > len(tensors):
+            raise ValueError(
+                f"the config asks for {config.num_self_attention_layers} self-attention layers, "
+                f"the checkpoint has {len(tensors)} tensors in all"
+            )
+        wanted = {rule.torch: rule.torch_shape for rule in self.of_model(config)}
+        _check(tensors, wanted | {self.frequencies: "R"}, config, "tensor")
 
 
 def torch_shape(rule: Rule, config: PerceiverARConfig) -> tuple[int, ...]:
-    """Shape of a parameter in perceiver-io."""
+    """Shape of a parameter in the source."""
     return _shape(rule.torch_shape, config)
-
-
-def to_flax(tensors: Mapping[str, Any], config: PerceiverARConfig) -> dict[str, Any]:
-    """Our parameters, nested dicts of `config.param_dtype`, from perceiver-io's tensors.
-
-    `tensors` has perceiver-io's names without a prefix; its values are arrays, or have a shape
-    and become an array by `np.asarray`, one at a time.
-
-    Raises:
-      ValueError: names every tensor that is missing, left over or of another shape, and
-        frequencies that are not `config.rotary_inv_freq`.
-    """
-    check_tensors(tensors, config)
-    frequencies = np.asarray(tensors[FREQUENCIES]).astype(np.float32)
-    if not np.array_equal(frequencies, inverse_frequencies(config)):
-        raise ValueError(f"config.rotary_inv_freq differs from the tensor {FREQUENCIES}")
-    dtype = np.dtype(config.param_dtype)
-    params: dict[str, Any] = {}
-    for rule in rules(config):
-        array = rule.transform.to_flax(np.asarray(tensors[rule.torch]), config)
-        *parents, leaf = rule.flax.split("/")
-        node = params
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[leaf] = _aligned_copy(array, dtype)
-    return params
-
-
-def to_torch(params: Mapping[str, Any], config: PerceiverARConfig) -> dict[str, np.ndarray]:
-    """perceiver-io's tensors, by name without a prefix, from our parameters; dtypes stay.
-
-    Raises:
-      ValueError: names every parameter that is missing, left over or of another shape.
-    """
-    return dict(iterate_torch(params, config))
-
-
-def iterate_torch(
-    params: Mapping[str, Any], config: PerceiverARConfig
-) -> Iterator[tuple[str, np.ndarray]]:
-    """The items of `to_torch`, made one at a time so that a large model need not exist twice."""
-    leaves = checked_leaves(params, config)
-    yield FREQUENCIES, _frequencies_to_store(config)
-    for rule in rules(config):
-        array = np.asarray(leaves[rule.flax])
-        yield rule.torch, np.ascontiguousarray(rule.transform.to_torch(array, config))
-
-
-def torch_specs(
-    params: Mapping[str, Any], config: PerceiverARConfig
-) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-    """Dtype and shape of the items of `iterate_torch`, in its order."""
-    leaves = checked_leaves(params, config)
-    frequencies = _frequencies_to_store(config)
-    return {FREQUENCIES: (frequencies.dtype, frequencies.shape)} | {
-        rule.torch: (np.dtype(leaves[rule.flax].dtype), torch_shape(rule, config))
-        for rule in rules(config)
-    }
-
-
-def checked_leaves(params: Mapping[str, Any], config: PerceiverARConfig) -> dict[str, Any]:
-    """Our parameters by path; raises ValueError unless they are those of a model of `config`."""
-    leaves = _flatten(params)
-    wanted = {
-        rule.flax: rule.torch_shape if rule.transform is SAME else rule.torch_shape[::-1]
-        for rule in rules(config)
-    }
-    _check(leaves, wanted, config, "parameter")
-    return leaves
-
-
-def check_tensors(tensors: Mapping[str, Any], config: PerceiverARConfig) -> None:
-    """Raises ValueError unless names and shapes are those of a perceiver-io model of `config`."""
-    if config.num_self_attention_layers > len(tensors):
-        raise ValueError(
-            f"the config asks for {config.num_self_attention_layers} self-attention layers, "
-            f"the checkpoint has {len(tensors)} tensors in all"
-        )
-    wanted = {rule.torch: rule.torch_shape for rule in rules(config)} | {FREQUENCIES: "R"}
-    _check(tensors, wanted, config, "tensor")
 
 
 def _sizes(config: PerceiverARConfig) -> dict[str, tuple[str, int]]:
@@ -256,7 +219,7 @@ def _flatten(params: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 
 
 def _aligned_copy(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """A C-contiguous copy in memory that `jax.device_put` takes over on the CPU, uncopied."""
+    """A C-contiguous copy, aligned so that `jax.device_put` on CPU takes it over uncopied."""
     alignment = 64
     buffer = np.empty(array.size * dtype.itemsize + alignment, np.uint8)
     start = -buffer.ctypes.data % alignment
@@ -267,7 +230,7 @@ def _aligned_copy(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _frequencies_to_store(config: PerceiverARConfig) -> np.ndarray:
-    """In `param_dtype` where that loses nothing, as a bf16 model of perceiver-io has them."""
+    """In `param_dtype` where that loses nothing, as a bf16 model of the source has them."""
     frequencies = inverse_frequencies(config)
     rounded = frequencies.astype(ml_dtypes.bfloat16)
     if config.param_dtype == "bfloat16" and np.array_equal(rounded, frequencies):

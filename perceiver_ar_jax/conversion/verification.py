@@ -1,8 +1,7 @@
-"""Proof that a conversion is right: perceiver-io's own logits, and a round trip of every bit."""
+"""Proof that a conversion is right: the source's own logits, and a round trip of every bit."""
 
 import concurrent.futures
 import multiprocessing
-import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -10,14 +9,17 @@ import jax
 import numpy as np
 
 from perceiver_ar_jax.config import PerceiverARConfig
-from perceiver_ar_jax.conversion import rules
-from perceiver_ar_jax.conversion.reference_config import config_to_reference
+from perceiver_ar_jax.conversion.rules import Rules
 from perceiver_ar_jax.conversion.stored_tensor import checksum
 from perceiver_ar_jax.model import PerceiverAR
 
 # Of the largest logit. The same weights in another order of summation differ by 1e-6 to 1e-5 of
 # it; a wrong transform by a tenth and more.
 TOLERANCE = 1e-3
+
+
+class VerificationError(Exception):
+    """The converted model is not the one it was made from."""
 
 
 class Inputs(NamedTuple):
@@ -54,18 +56,18 @@ def random_inputs(config: PerceiverARConfig, rows: int, seed: int = 0) -> Inputs
 
 
 def reference_logits(
-    tensors: Mapping[str, Any], config: PerceiverARConfig, inputs: Inputs
+    rules: Rules, tensors: Mapping[str, Any], config: PerceiverARConfig, inputs: Inputs
 ) -> np.ndarray:
-    """perceiver-io's logits, (B, L, V) float32, with weights rounded to `config.param_dtype`.
+    """The source's logits, (B, L, V) float32, with weights rounded to `config.param_dtype`.
 
     Runs in a process of its own: torch then neither stays in this one nor adds to its memory.
 
     Raises:
-      ImportError: torch or perceiver-io is missing.
+      ImportError: a library of the source is missing.
     """
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_reference_logits, tensors, config, inputs).result()
+        return pool.submit(rules.logits, tensors, config, *inputs).result()
 
 
 def our_logits(params: Mapping[str, Any], config: PerceiverARConfig, inputs: Inputs) -> np.ndarray:
@@ -91,9 +93,9 @@ def compare(reference_BLV: np.ndarray, ours_BLV: np.ndarray) -> Comparison:
 
 
 def differing_tensors(
-    tensors: Mapping[str, Any], params: Mapping[str, Any], config: PerceiverARConfig
+    rules: Rules, tensors: Mapping[str, Any], params: Mapping[str, Any], config: PerceiverARConfig
 ) -> list[str]:
-    """perceiver-io's names of the tensors that our parameters do not give back, by checksum.
+    """The source's names of the tensors that our parameters do not give back, by checksum.
 
     A tensor of another dtype than the parameters is rounded to theirs first.
     """
@@ -104,26 +106,22 @@ def differing_tensors(
     ]
 
 
-def _reference_logits(tensors, config, inputs):
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the libraries, about each other
-            import torch
-            from perceiver.model.text.clm import CausalLanguageModel, CausalLanguageModelConfig
-    except Exception as error:  # transformers of the wrong version raise nearly anything
-        raise ImportError(f"torch and perceiver-io do not import: {error}") from None
-    fields = config_to_reference(config) | {"activation_checkpointing": False}
-    with torch.device("meta"):  # takes the weights over below rather than making its own
-        model = CausalLanguageModel(CausalLanguageModelConfig.create(**fields)).eval()
-    dtypes = dict.fromkeys(tensors, config.param_dtype) | {rules.FREQUENCIES: "float32"}
-    state = {
-        name: torch.from_numpy(np.asarray(np.asarray(tensor, dtypes[name]), np.float32))
-        for name, tensor in tensors.items()
-    }
-    model.load_state_dict(state, assign=True)
-    tokens_BS, prefix_len, pad_mask_BS = (torch.as_tensor(x) for x in inputs)
-    with torch.inference_mode():
-        return model(tokens_BS, prefix_len=int(prefix_len), pad_mask=pad_mask_BS).logits.numpy()
+def checked_round_trip(
+    rules: Rules, tensors: Mapping[str, Any], params: Mapping[str, Any], config: PerceiverARConfig
+) -> str:
+    """Says that every tensor comes back; VerificationError if one does not."""
+    differing = differing_tensors(rules, tensors, params, config)
+    if differing:
+        raise VerificationError(f"tensors differ after a round trip: {', '.join(differing[:8])}")
+    return f"{len(tensors)} tensors come back bit for bit"
+
+
+def checked_logits(rules: Rules, reference_BLV: np.ndarray, ours_BLV: np.ndarray) -> dict[str, Any]:
+    """How far apart the logits are; VerificationError if that is more than rounding."""
+    comparison = compare(reference_BLV, ours_BLV)
+    if not comparison.passed:
+        raise VerificationError(f"logits differ from those of {rules.name}: {comparison._asdict()}")
+    return comparison._asdict()
 
 
 def _kl_divergence(p_BLV: np.ndarray, q_BLV: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Writes a model as perceiver-io's `from_pretrained` reads it."""
+"""Writes a model as its source reads it: perceiver-io by `from_pretrained`."""
 
 import contextlib
 import json
@@ -9,12 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from perceiver_ar_jax.config import PerceiverARConfig
-from perceiver_ar_jax.conversion import rules
-from perceiver_ar_jax.conversion.readers import MODEL_TYPE
-from perceiver_ar_jax.conversion.reference_config import config_to_reference
+from perceiver_ar_jax.conversion.perceiver_io import PERCEIVER_IO
+from perceiver_ar_jax.conversion.rules import Rules
 from perceiver_ar_jax.conversion.safetensors_files import write_safetensors
-
-PREFIX = "backend_model."
 
 
 def write_reference(
@@ -22,9 +19,10 @@ def write_reference(
     params: Mapping[str, Any],
     config: PerceiverARConfig,
     *,
+    rules: Rules = PERCEIVER_IO,
     overwrite: bool = False,
 ) -> None:
-    """Writes config.json and model.safetensors; whole or not at all.
+    """Writes config.json and model.safetensors of a source; whole or not at all.
 
     The tensors keep the dtype of the parameters.
 
@@ -36,17 +34,10 @@ def write_reference(
     with new_folder(folder, overwrite=overwrite) as partial:
         write_safetensors(
             partial / "model.safetensors",
-            {PREFIX + name: spec for name, spec in specs.items()},
-            ((PREFIX + name, x) for name, x in rules.iterate_torch(params, config)),
+            {rules.written_prefix + name: spec for name, spec in specs.items()},
+            ((rules.written_prefix + n, x) for n, x in rules.iterate_torch(params, config)),
         )
-        hub_config = {
-            "architectures": ["PerceiverCausalLanguageModel"],
-            "is_decoder": True,
-            "model_config": config_to_reference(config),
-            "model_type": MODEL_TYPE,
-            "torch_dtype": config.param_dtype,
-        }
-        (partial / "config.json").write_text(json.dumps(hub_config, indent=2))
+        (partial / "config.json").write_text(json.dumps(rules.write_config(config), indent=2))
 
 
 @contextlib.contextmanager
