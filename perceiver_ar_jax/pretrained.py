@@ -146,10 +146,11 @@ def _load_ours(folder, description, step):
 
 
 def _load_reference(source):
-    from perceiver_ar_jax.conversion import read_reference, to_flax
+    from perceiver_ar_jax.conversion import read_reference
 
     reference = read_reference(source)
-    params = jax.tree.map(jax.device_put, to_flax(reference.tensors, reference.config))
+    params = reference.rules.to_flax(reference.tensors, reference.config)
+    params = jax.tree.map(jax.device_put, params)
     tokenizer = None
     if reference.tokenizer_files:
         try:
