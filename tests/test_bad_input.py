@@ -9,10 +9,10 @@ from small_models import random_params, small_config
 
 from perceiver_ar_jax import load_pretrained
 from perceiver_ar_jax.data import DataConfig, evaluation_batches, make_loader
+from perceiver_ar_jax.data.prepare.tfds_convert import _write_tfrecord, to_tfrecord
+from perceiver_ar_jax.data.prepare.tfds_writer import Document, write_dataset
 from perceiver_ar_jax.data.record_files import tfrecords
 from perceiver_ar_jax.data.sources import open_source
-from perceiver_ar_jax.data.tfds_convert import _write_tfrecord, to_tfrecord
-from perceiver_ar_jax.data.tfds_writer import Document, write_dataset
 from perceiver_ar_jax.pretrained import save_pretrained
 from perceiver_ar_jax.tokenizers import ByteTokenizer, load_tokenizer, train_sentencepiece
 

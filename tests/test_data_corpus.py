@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from perceiver_ar_jax.data import corpus
-from perceiver_ar_jax.data.tfds_writer import Document, write_dataset
+from perceiver_ar_jax.data.prepare import corpus
+from perceiver_ar_jax.data.prepare.tfds_writer import Document, write_dataset
 
 PROSE = (
     "This is the first paragraph of a text that is long enough to be kept, and it reads as "

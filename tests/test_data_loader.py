@@ -1,15 +1,22 @@
 import itertools
 import json
-from types import SimpleNamespace
 
 import grain
 import numpy as np
 import pytest
 from grain.python import experimental
 
-from perceiver_ar_jax.data import DataConfig, make_loader, merge_states
+from perceiver_ar_jax.data import (
+    DataConfig,
+    EvaluationBatches,
+    Loader,
+    TokenDocument,
+    make_loader,
+    merge_states,
+)
 from perceiver_ar_jax.data.sources import open_source
-from perceiver_ar_jax.data.windows import Documents, WindowDataset, window_lengths
+from perceiver_ar_jax.data.text_documents import TextDocuments
+from perceiver_ar_jax.data.windows import OrderedDocuments, WindowDataset, window_lengths
 from perceiver_ar_jax.tokenizers import ByteTokenizer
 
 BYTES = ByteTokenizer()
@@ -158,7 +165,7 @@ def test_a_cut_at_the_end_of_a_document_loses_none(tmp_path):
 def test_grain_restores_the_window_dataset_at_every_state(corpus):
     source = open_source(str(corpus), "train")
     windows = WindowDataset(
-        Documents(source, BYTES, seed=0, shuffle=True, repeat=False),
+        OrderedDocuments(TextDocuments(source, BYTES), seed=0, shuffle=True, repeat=False),
         streams=range(3),
         positions=[(0, 0)] * 3,
         step=0,
@@ -314,12 +321,14 @@ def test_a_batch_is_delivered_before_the_next_one_is_read(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text("".join(json.dumps({"text": "x" * 24}) + "\n" for _ in range(8)))
     settings = config(path, min_seq_len=24, batch_size=4, shuffle=False, repeat=False)
-    loader = make_loader(settings, BYTES)
     reads = []
-    loader._documents._tokenizer = SimpleNamespace(
-        encode=lambda text: reads.append(text) or BYTES.encode(text), eos_id=2
-    )
-    next(loader)
+
+    class Recording(ByteTokenizer):
+        def encode(self, text):
+            reads.append(text)
+            return super().encode(text)
+
+    next(make_loader(settings, Recording()))
     assert len(reads) == 4
 
 
@@ -334,3 +343,31 @@ def test_all_problems_of_a_config_are_named_at_once():
     )
     with pytest.raises(ValueError, match=expected):
         DataConfig(source="x", batch_size=0, seed="1", min_seq_len=9, max_seq_len=8)
+
+
+class Melodies:
+    """Token documents that were never text: melody i is i + 5 notes."""
+
+    eos_id, pad_id = 1, 0
+    oddities = ("out of tune",)
+    fingerprint = {"melodies": 20}  # noqa: RUF012
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> TokenDocument:
+        notes = np.full(index + 5, index + 2, np.int32)
+        notes[-1] = self.eos_id
+        return TokenDocument(notes, True, 0, self.oddities[: index % 2])
+
+
+def test_documents_of_another_modality_are_read_by_the_same_loader_and_evaluation(tmp_path):
+    settings = config("melodies", repeat=False)
+    loader = Loader(settings, Melodies(), process_index=0, process_count=1)
+    tokens = np.concatenate([[*stream, 1] for stream in streams_of(loader, 4)])
+    assert set(tokens) == {1, *range(2, 22)}
+    assert loader.oddities == {"out of tune": 10}
+    assert loader.fingerprint["melodies"] == 20
+    batches = EvaluationBatches(settings, Melodies(), num_latents=8, process_index=0, rows=4)
+    assert batches.num_tokens == sum(batch["weights"].sum() for batch in batches)
+    assert batches.num_tokens == sum(i + 5 for i in range(20))

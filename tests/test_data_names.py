@@ -5,8 +5,8 @@ import shutil
 import pytest
 
 from perceiver_ar_jax.data import DataConfig, make_loader
+from perceiver_ar_jax.data.prepare.tfds_writer import Document, write_dataset
 from perceiver_ar_jax.data.sources import open_source
-from perceiver_ar_jax.data.tfds_writer import Document, write_dataset
 from perceiver_ar_jax.tokenizers import ByteTokenizer
 
 

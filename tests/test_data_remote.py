@@ -14,9 +14,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from perceiver_ar_jax import PerceiverARConfig
 from perceiver_ar_jax.data import DataConfig, make_loader
+from perceiver_ar_jax.data.prepare.tfds_convert import to_tfrecord
+from perceiver_ar_jax.data.prepare.tfds_writer import Document, write_dataset
 from perceiver_ar_jax.data.sources import open_source
-from perceiver_ar_jax.data.tfds_convert import to_tfrecord
-from perceiver_ar_jax.data.tfds_writer import Document, write_dataset
 from perceiver_ar_jax.tokenizers import ByteTokenizer, load_tokenizer, train_sentencepiece
 from perceiver_ar_jax.training.goodput import Goodput
 from perceiver_ar_jax.training.metrics import MetricsWriter

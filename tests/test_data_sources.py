@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from perceiver_ar_jax.data.crc32c import crc32c, masked_crc32c
+from perceiver_ar_jax.data.prepare.tfds_convert import to_array_record, to_tfrecord
+from perceiver_ar_jax.data.prepare.tfds_writer import Document, write_dataset
 from perceiver_ar_jax.data.record_files import MAX_PIECE_BYTES, ArrayRecordFile, TFRecordFile
 from perceiver_ar_jax.data.sources import Text, open_source
+from perceiver_ar_jax.data.text_documents import tokenize
 from perceiver_ar_jax.data.tf_example import bytes_feature
-from perceiver_ar_jax.data.tfds_convert import to_array_record, to_tfrecord
-from perceiver_ar_jax.data.tfds_writer import Document, write_dataset
-from perceiver_ar_jax.data.windows import tokenize
 
 TEXTS = [f"document {i} " + "ü€" * (i * 37 % 400) for i in range(45)]
 FORMATS = ["array_record", "tfrecord"]
@@ -314,7 +314,7 @@ def test_a_plain_text_that_ends_in_white_space_keeps_its_eos(tmp_path):
     tokens = np.concatenate([document.tokens for document in documents]).tolist()
     assert len(source) > 3
     assert tokens in ([4] * 400 + [0] + [3, 3, 0], [4] * 400 + [0] + [0] + [3, 3, 0])
-    assert not any(document.oddities.any() for document in documents)
+    assert not any(document.oddities for document in documents)
 
 
 def test_files_can_be_sliced_into_training_and_validation(tmp_path):

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perceiver_ar_jax.data import DataConfig, make_loader
+from perceiver_ar_jax.data.prepare.tfds_convert import _write_array_record, _write_tfrecord
 from perceiver_ar_jax.data.record_files import ArrayRecordFile, TFRecordFile, tfrecords
 from perceiver_ar_jax.data.sources import open_source
 from perceiver_ar_jax.data.tf_example import bytes_feature
-from perceiver_ar_jax.data.tfds_convert import _write_array_record, _write_tfrecord
 from perceiver_ar_jax.tokenizers import (
     ByteTokenizer,
     TextStream,

@@ -12,8 +12,8 @@ import json
 import sys
 from pathlib import Path
 
-from perceiver_ar_jax.data.tfds_convert import to_tfrecord
-from perceiver_ar_jax.data.tfds_writer import Document, prepared_directory, write_dataset
+from perceiver_ar_jax.data.prepare.tfds_convert import to_tfrecord
+from perceiver_ar_jax.data.prepare.tfds_writer import Document, prepared_directory, write_dataset
 
 NAME, CONFIG, VERSION = "c4", "en", "3.0.1"
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from perceiver_ar_jax.data.corpus import prepare_corpus
+from perceiver_ar_jax.data.prepare.corpus import prepare_corpus
 from perceiver_ar_jax.data.sources import open_source
 from perceiver_ar_jax.tokenizers import train_sentencepiece
 

@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 
-from perceiver_ar_jax.data.tfds_convert import to_array_record
+from perceiver_ar_jax.data.prepare.tfds_convert import to_array_record
 
 
 def main() -> None:

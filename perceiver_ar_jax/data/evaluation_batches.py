@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from perceiver_ar_jax.data.config import DataConfig
-from perceiver_ar_jax.data.sources import open_source
-from perceiver_ar_jax.data.windows import ODDITIES, tokenize
+from perceiver_ar_jax.data.documents import DocumentSource
+from perceiver_ar_jax.data.text_documents import open_text_documents
+from perceiver_ar_jax.tokenizers import Tokenizer
 
 
 class EvaluationBatches:
@@ -19,18 +20,24 @@ class EvaluationBatches:
       num_tokens: the targets that count, over all processes: every token of the text, and the
         eos of each document.
       num_bytes: the UTF-8 bytes of the text; nats / log(2) / num_bytes are bits per byte.
-      oddities: how many documents were malformed, empty or no UTF-8.
+      oddities: how many documents have each of the source's oddities.
     """
 
     def __init__(
-        self, config: DataConfig, tokenizer, *, num_latents: int, process_index: int, rows: int
+        self,
+        config: DataConfig,
+        documents: DocumentSource,
+        *,
+        num_latents: int,
+        process_index: int,
+        rows: int,
     ):
         self._config = config
-        self._pad_id = tokenizer.pad_id
+        self._pad_id = documents.pad_id
         self._num_latents = num_latents
         self._first_row = config.batch_size * process_index
         self._rows = rows
-        self._stream, self._document_starts = self._read(tokenizer)
+        self._stream, self._document_starts = self._read(documents)
         self.num_tokens = len(self._stream) - 1
 
     def __len__(self) -> int:
@@ -46,26 +53,23 @@ class EvaluationBatches:
     def _num_windows(self) -> int:
         return -(-self.num_tokens // self._num_latents)
 
-    def _read(self, tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    def _read(self, documents: DocumentSource) -> tuple[np.ndarray, np.ndarray]:
         """All tokens after one eos, so that the first is predicted too, as in training."""
-        source = open_source(self._config.source, self._config.split)
-        parts = [np.array([tokenizer.eos_id], np.int32)]
+        parts = [np.array([documents.eos_id], np.int32)]
         starts = [0, 1]
         length = 1
-        oddities = np.zeros(len(ODDITIES), np.int64)
+        self.oddities = dict.fromkeys(documents.oddities, 0)
         self.num_bytes = 0
-        for i in range(len(source)):
-            text = source[i]
-            document = tokenize(text, tokenizer)
-            self.num_bytes += len(text.text.encode("utf-8", errors="replace"))
-            oddities += document.oddities
+        for document in map(documents.__getitem__, range(len(documents))):
             parts.append(document.tokens)
             length += len(document.tokens)
-            if text.ends_document:
+            self.num_bytes += document.num_bytes
+            for name in document.oddities:
+                self.oddities[name] += 1
+            if document.ends_document:
                 starts.append(length)
-        if not self.num_bytes:
+        if length == 1:
             raise ValueError(f"{self._config.source} has no text in {self._config.split}")
-        self.oddities = dict(zip(ODDITIES, oddities.tolist(), strict=True))
         return np.concatenate(parts), np.array(starts)
 
     def _window(self, number: int) -> dict[str, np.ndarray]:
@@ -99,7 +103,7 @@ class EvaluationBatches:
 
 def evaluation_batches(
     config: DataConfig,
-    tokenizer,
+    tokenizer: Tokenizer,
     *,
     num_latents: int,
     process_index: int = 0,
@@ -119,7 +123,7 @@ def evaluation_batches(
         raise ValueError(f"num_latents={num_latents} out of valid range [1..{config.max_seq_len}]")
     return EvaluationBatches(
         config,
-        tokenizer,
+        open_text_documents(config, tokenizer),
         num_latents=num_latents,
         process_index=process_index,
         rows=config.batch_size * process_count,

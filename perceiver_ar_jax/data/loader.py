@@ -1,5 +1,3 @@
-import dataclasses
-import hashlib
 import multiprocessing
 import os
 import signal
@@ -11,8 +9,10 @@ import numpy as np
 from absl import flags
 
 from perceiver_ar_jax.data.config import DataConfig
-from perceiver_ar_jax.data.sources import open_source, training_split
-from perceiver_ar_jax.data.windows import ODDITIES, Documents, WindowDataset
+from perceiver_ar_jax.data.documents import DocumentSource
+from perceiver_ar_jax.data.text_documents import open_text_documents
+from perceiver_ar_jax.data.windows import OrderedDocuments, WindowDataset
+from perceiver_ar_jax.tokenizers import Tokenizer
 
 
 class Loader:
@@ -24,27 +24,30 @@ class Loader:
     global batch, which is the same for any number of processes and workers.
 
     Attributes:
-      fingerprint: what determines the stream of batches: data, tokenizer, lengths, seed.
-      oddities: how many documents with bad UTF-8, malformed lines and empty documents were read
-        since the loader was made.
+      fingerprint: what determines the stream of batches: documents, lengths, seed.
+      oddities: how many documents were read with each of the source's oddities since the loader was
+        made.
     """
 
-    def __init__(self, config: DataConfig, tokenizer, *, process_index: int, process_count: int):
+    def __init__(
+        self,
+        config: DataConfig,
+        documents: DocumentSource,
+        *,
+        process_index: int,
+        process_count: int,
+    ):
         if not 0 <= process_index < process_count:
             raise ValueError(f"process {process_index} of {process_count}")
-        split = training_split(config.source, config.split, config.eval_split)
-        source = open_source(config.source, split)
-        if not len(source):
-            raise ValueError(f"{config.source} has no documents in {split}")
-        self._config = config = dataclasses.replace(config, split=split)
-        self._pad_id = tokenizer.pad_id
+        self._config = config
+        self._pad_id = documents.pad_id
         self._global_batch = config.batch_size * process_count
         self._first_row = config.batch_size * process_index
-        self._documents = Documents(
-            source, tokenizer, seed=config.seed, shuffle=config.shuffle, repeat=config.repeat
+        self._documents = OrderedDocuments(
+            documents, seed=config.seed, shuffle=config.shuffle, repeat=config.repeat
         )
-        self.fingerprint = _fingerprint(config, tokenizer, source, self._global_batch)
-        self.oddities = dict.fromkeys(ODDITIES, 0)
+        self.fingerprint = _fingerprint(config, documents, self._global_batch)
+        self.oddities = dict.fromkeys(documents.oddities, 0)
         self._iterator = self._part = None
         self._step = 0
         self._positions = np.zeros((config.batch_size, 2), np.int64)
@@ -147,23 +150,24 @@ class Loader:
             for name, array in batch.items():
                 array[rows] = part[name]
             self._positions[rows] = part["positions"]
-            for name, count in zip(ODDITIES, part["oddities"], strict=True):
+            for name, count in zip(self.oddities, part["oddities"], strict=True):
                 self.oddities[name] += int(count)
         self._step = int(parts[0]["step"])
         return batch
 
 
 def make_loader(
-    config: DataConfig, tokenizer, *, process_index: int = 0, process_count: int = 1
+    config: DataConfig, tokenizer: Tokenizer, *, process_index: int = 0, process_count: int = 1
 ) -> Loader:
-    """Opens the data and returns the training batches of one process.
+    """Opens the text and returns the training batches of one process.
 
     A pass that does not repeat ends, after rows of pads, when the streams of this process do.
 
     Raises:
       ValueError: the data is missing or unreadable; one line that says what is there.
     """
-    return Loader(config, tokenizer, process_index=process_index, process_count=process_count)
+    documents = open_text_documents(config, tokenizer)
+    return Loader(config, documents, process_index=process_index, process_count=process_count)
 
 
 def merge_states(states: Sequence[dict]) -> dict:
@@ -208,15 +212,9 @@ def _start_worker(worker_index: int, worker_count: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _fingerprint(config: DataConfig, tokenizer, source, global_batch: int) -> dict:
+def _fingerprint(config: DataConfig, documents: DocumentSource, global_batch: int) -> dict:
     return {
-        "files": len(source.files),
-        "bytes": sum(size for _, size in source.files),
-        "files_sha256": hashlib.sha256(repr(source.files).encode()).hexdigest(),
-        "records": len(source),
-        "split": config.split,
-        "tokenizer_sha256": tokenizer.sha256,
-        "tokenizer": type(tokenizer).__name__,
+        **documents.fingerprint,
         "min_seq_len": config.min_seq_len,
         "max_seq_len": config.max_seq_len,
         "seed": config.seed,

@@ -44,11 +44,13 @@ class TextSource:
         shards: Sequence[Shard],
         open_file: Callable[[str], Any],
         parse: Callable[[bytes, bool, bool], Text],
+        split: str,
     ):
         self._shards = [shard for shard in shards if shard.count]
         self._ends = list(itertools.accumulate(shard.count for shard in self._shards))
         self._open_file = open_file
         self._parse = parse
+        self.split = split
         self._files = {}
         self.files = _names_and_sizes([shard.path for shard in self._shards])
 
@@ -164,7 +166,7 @@ def _open_tfds(path: epath.Path, split: str) -> TextSource:
         )
         for i in instructions
     ]
-    return TextSource(shards, readers[file_format], _parse_example)
+    return TextSource(shards, readers[file_format], _parse_example, split)
 
 
 def _open_files(paths: list[str], split: str, open_file, parse) -> TextSource:
@@ -177,7 +179,7 @@ def _open_files(paths: list[str], split: str, open_file, parse) -> TextSource:
         last = min(max(stop - begin, 0), length)
         shards.append(Shard(path, first, last - first, length))
         begin += length
-    return TextSource(shards, open_file, parse)
+    return TextSource(shards, open_file, parse, split)
 
 
 def _parse_example(record: bytes, is_first: bool, is_last: bool) -> Text:

@@ -1,6 +1,6 @@
 """Documents joined with eos and cut into windows of uniformly drawn length, left-padded.
 
-The text is dealt out to as many streams as the global batch has rows: stream v reads the
+The documents are dealt out to as many streams as the global batch has rows: stream v reads the
 documents v, v + V, v + 2V, ... of the shuffled, repeated order and gives row v of every batch.
 So a batch depends neither on the number of hosts nor on that of workers, each document is read
 by one stream once an epoch, and where a stream stands is two numbers: its document and how many
@@ -8,57 +8,34 @@ tokens of it are used up.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import grain
 import numpy as np
 
-from perceiver_ar_jax.data.sources import Text, TextSource
+from perceiver_ar_jax.data.documents import DocumentSource, TokenDocument
 
-ODDITIES = ("bad UTF-8", "malformed line", "empty document")
 MAX_EMPTY_IN_A_ROW = 1000  # so that text without any does not keep a run searching for ever
 
 
-class Document(NamedTuple):
-    """Token ids, the closing eos included, and one flag for each of ODDITIES."""
+class OrderedDocuments:
+    """The documents of a source by their place in the order of reading; each epoch has its own.
 
-    tokens: np.ndarray
-    oddities: np.ndarray
-
-
-def tokenize(text: Text, tokenizer) -> Document:
-    """Encodes a text, and eos where a document ends; an empty document has no tokens at all.
-
-    The last piece of a document may be white space, of which some tokenizers make no token.
-    """
-    ids = tokenizer.encode(text.text)
-    is_whole = text.begins_document and text.ends_document
-    is_empty = not ids and is_whole and not text.is_malformed
-    if text.ends_document and (ids or not is_whole):
-        ids.append(tokenizer.eos_id)
-    oddities = np.array([not text.is_valid_utf8, text.is_malformed, is_empty])
-    return Document(np.asarray(ids, np.int32), oddities)
-
-
-class Documents:
-    """The documents of a source by their place in the order of reading, each epoch another.
-
-    Grain gives the order only: its maps would add half of what the tokenizer takes.
+    Only the order comes from Grain: its maps would add half of what the tokenizer takes.
     """
 
-    def __init__(self, source: TextSource, tokenizer, *, seed: int, shuffle: bool, repeat: bool):
+    def __init__(self, source: DocumentSource, *, seed: int, shuffle: bool, repeat: bool):
         order = grain.MapDataset.range(len(source)).seed(seed)
         if shuffle:
             order = order.shuffle()
         self._order = order.repeat() if repeat else order
         self._source = source
-        self._tokenizer = tokenizer
+        self.oddities = source.oddities
 
     def __len__(self) -> int:
         return len(self._order)
 
-    def __getitem__(self, place: int) -> Document:
-        return tokenize(self._source[self._order[place]], self._tokenizer)
+    def __getitem__(self, place: int) -> TokenDocument:
+        return self._source[self._order[place]]
 
 
 class WindowDataset(grain.IterDataset):
@@ -76,7 +53,7 @@ class WindowDataset(grain.IterDataset):
 
     def __init__(
         self,
-        documents: Documents,
+        documents: OrderedDocuments,
         *,
         streams: Sequence[int],
         positions: Sequence[tuple[int, int]],
@@ -141,7 +118,7 @@ class WindowIterator(grain.DatasetIterator):
         tokens = np.full(shape, dataset.pad_id, np.int32)
         targets = np.full(shape, dataset.pad_id, np.int32)
         segment_ids = np.zeros(shape, np.int32)
-        oddities = np.zeros(len(ODDITIES), np.int64)
+        oddities = np.zeros(len(dataset.documents.oddities), np.int64)
         for row, stream in enumerate(self._streams):
             parts = stream.take(lengths[stream.number] + 1, oddities)
             window = np.concatenate(parts) if parts else np.empty(0, np.int32)
@@ -198,9 +175,10 @@ class _Stream:
                 index = self.number + self._num_streams * self.document
                 if index >= len(self._documents):
                     break
-                self._tokens, found = self._documents[index]
+                document = self._documents[index]
+                self._tokens = document.tokens
                 if not self.used:
-                    oddities += found
+                    oddities += [name in document.oddities for name in self._documents.oddities]
             part = self._tokens[self.used : self.used + count]
             if len(part):
                 parts.append(part)

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from perceiver_ar_jax.data.tfds_writer import Document, prepared_directory, write_dataset
+from perceiver_ar_jax.data.prepare.tfds_writer import Document, prepared_directory, write_dataset
 
 NAME, CONFIG, VERSION = "python_docs", "en", "1.0.0"
 # fmt: off
