@@ -1,4 +1,4 @@
-"""Whatever happens to the files of a checkpoint: the saved bits come back, or the step before."""
+"""Whatever happens to the files of a checkpoint, what is restored was saved."""
 
 import functools
 import gc
@@ -8,10 +8,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from failing_commits import fail_commits
 from small_models import random_params, small_config
 
 from perceiver_ar_jax.training import OptimizerConfig, TrainState, make_optimizer
-from perceiver_ar_jax.training.checkpoint import Checkpointer, CheckpointError
+from perceiver_ar_jax.training.checkpoint import Checkpointer, CheckpointError, SaveError
 
 # Where one array of a checkpoint is damaged, TensorStore drops the reads of the others.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -181,6 +182,65 @@ def test_a_run_saves_on_beside_a_step_whose_metrics_are_damaged(copy):
         checkpointer.save(saved_state(step), saved_data(step), eval_loss=1.0 / step)
     checkpointer.close()
     assert checkpointer.steps()[-2:] == [3, 4]
+
+
+def files_of(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Size and time of change of everything in a folder."""
+    found = ((path, path.stat()) for path in folder.rglob("*"))
+    return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in found}
+
+
+def test_reading_changes_nothing_not_even_what_is_damaged_or_being_saved(copy):
+    (copy / "2/metrics/metrics").write_bytes(b"")
+    shutil.copytree(copy / "2", copy / "3.orbax-checkpoint-tmp")
+    before = files_of(copy)
+    (state, _, skipped), _ = restore(copy)
+    assert (int(state.step), skipped) == (2, [])
+    assert files_of(copy) == before
+
+
+def test_reading_where_nothing_is_leaves_nothing_behind(tmp_path):
+    checkpointer = Checkpointer(tmp_path / "mistyped" / "checkpoints")
+    assert checkpointer.steps() == []
+    with pytest.raises(CheckpointError, match="mistyped/checkpoints: no such directory"):
+        checkpointer.restore_params(saved_state(1).params)
+    checkpointer.close()
+    assert not (tmp_path / "mistyped").exists()
+
+
+def test_a_run_leaves_the_metrics_of_another_save_in_progress(copy):
+    file = copy / "9.orbax-checkpoint-tmp/metrics/metrics"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"")
+    checkpointer = Checkpointer(copy)
+    checkpointer.save(saved_state(3), saved_data(3))
+    checkpointer.close()
+    assert file.exists()
+
+
+def test_after_a_failed_commit_the_next_save_says_so_and_steps_are_saved_again(copy, monkeypatch):
+    failing = fail_commits(monkeypatch)
+    checkpointer = Checkpointer(copy)
+    failing.add("3")
+    checkpointer.save(saved_state(3), saved_data(3))
+    with pytest.raises(SaveError, match="the disk is gone"):
+        checkpointer.save(saved_state(3), saved_data(3))
+    assert checkpointer.steps() == [1, 2]
+    assert (copy / "1").exists()  # goes only once a newer step is on disk
+    for step in (3, 4):
+        checkpointer.save(saved_state(step), saved_data(step))
+    checkpointer.close()
+    assert {path.name for path in copy.iterdir()} == {"3", "4"}
+    (state, data, _), _ = restore(copy)
+    jax.tree.map(np.testing.assert_array_equal, state, saved_state(4))
+    assert data == saved_data(4)
+
+
+def test_a_step_at_or_below_the_newest_is_not_skipped_silently(copy):
+    checkpointer = Checkpointer(copy)
+    with pytest.raises(SaveError, match=r"step 2 was not saved in .*, which has step 2 already"):
+        checkpointer.save(saved_state(2), saved_data(2))
+    checkpointer.close()
 
 
 def test_a_file_named_like_a_step_does_not_hide_the_steps(copy):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from failing_commits import fail_commits
 from small_runs import losses, small_run, write_text
 
 from perceiver_ar_jax import load_pretrained, train_loop
@@ -86,6 +87,19 @@ def test_a_folder_that_cannot_be_written_any_more_stops_the_run(text, tmp_path, 
     folder.unlink()
     aside.rename(folder)
     assert load_pretrained(tmp_path).step == 2
+
+
+def test_a_save_that_fails_in_the_background_stops_the_run_which_can_be_resumed(
+    text, tmp_path, monkeypatch
+):
+    failing = fail_commits(monkeypatch)
+    failing.add("4")
+    config = small_run(text, steps=8, checkpoint_every=2)
+    with pytest.raises(SaveError, match="the disk is gone"):
+        train_loop.run(config, tmp_path)
+    assert steps_kept(tmp_path) == [2]
+    assert train_loop.run(config, tmp_path) == train_loop.DONE
+    assert steps_kept(tmp_path) == [6, 8]
 
 
 @pytest.mark.parametrize("moment", ["_compile", "_evaluate", "_save"])

@@ -1,9 +1,10 @@
 """Checkpoints of a run: parameters, optimizer, step and data iterator, written by Orbax.
 
-A step's directory holds the items `params` (alone, so that inference never reads the rest), `ema`
-if the run averages its weights, `train` (step and optimizer state), `data` (the iterator's state)
-and `contents`: shape and checksum of every leaf. Orbax makes a step's directory appear whole or
-not at all, but restores flipped bits without a word; so what is restored is compared.
+A step's directory holds the items `params` (separate, so that inference never reads the rest),
+`ema` if the run averages its weights, `train` (step and optimizer state), `data` (the iterator's
+state) and `contents`: shape and checksum of every leaf. Orbax makes a step's directory appear
+completely or not at all, but restores flipped bits silently; so restored leaves are compared with
+their checksums.
 """
 
 import json
@@ -25,11 +26,11 @@ from perceiver_ar_jax.training.state import TrainState
 
 
 class CheckpointError(Exception):
-    """No checkpoint that can be trusted; the message says where and why."""
+    """There is no intact checkpoint; the message says where and why."""
 
 
 class SaveError(OSError):
-    """A checkpoint could not be written; those before it stand."""
+    """A checkpoint could not be written; earlier ones are intact."""
 
 
 class OtherContentsError(ValueError):
@@ -39,11 +40,13 @@ class OtherContentsError(ValueError):
 class Checkpointer:
     """Saves and restores the steps below one directory; saves run in the background.
 
+    Nothing is written before the first save: reading leaves no trace.
+
     Args:
-      directory: made if it is not there; local or, where the process has access, gs://.
-      keep_last: how many of the newest steps stay.
-      keep_every: steps that this divides stay, too; 0: none.
-      keep_best: whether the step of the lowest evaluation loss stays, too.
+      directory: created by the first save; local or, where the process has access, gs://.
+      keep_last: how many of the newest steps to keep.
+      keep_every: also keep the steps that this divides; 0: none.
+      keep_best: also keep the step of the lowest evaluation loss.
     """
 
     def __init__(
@@ -55,37 +58,19 @@ class Checkpointer:
         keep_best: bool = False,
     ):
         self.directory = epath.Path(directory).resolve()
-        self.directory.mkdir(parents=True, exist_ok=True)
-        on_first(lambda: _drop_unreadable_metrics(self.directory))
-        kept = [checkpoint_managers.LatestN(keep_last)]
+        self._kept = [checkpoint_managers.LatestN(keep_last)]
         if keep_every:
-            kept.append(checkpoint_managers.EveryNSteps(keep_every))
+            self._kept.append(checkpoint_managers.EveryNSteps(keep_every))
         if keep_best:
-            kept.append(checkpoint_managers.BestN(get_metric_fn=_eval_loss, reverse=True, n=1))
-        # Compression would halve the speed, hold copies of the model in memory, and save 8 %.
-        arrays = ocp.PyTreeCheckpointHandler(use_compression=False)
-        text = ocp.JsonCheckpointHandler()
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy(kept),
-                best_fn=_eval_loss,
-                best_mode="min",
-                create=False,
-            ),
-            item_handlers={
-                "params": arrays,
-                "ema": arrays,
-                "train": arrays,
-                "data": text,
-                "contents": text,
-            },
-        )
+            best = checkpoint_managers.BestN(get_metric_fn=_eval_loss, reverse=True, n=1)
+            self._kept.append(best)
+        self._manager = None
+        self._read_only()
 
     def save(
         self, state: TrainState, data_state: dict[str, Any], *, eval_loss: float = math.inf
     ) -> None:
-        """Starts to save.
+        """Starts a save, which goes on in the background once the one before it is on disk.
 
         Raises:
           SaveError: this save, or the one before it, failed.
@@ -93,19 +78,19 @@ class Checkpointer:
         self._save(int(state.step), _arrays_of(state), data_state, eval_loss)
 
     def save_params(self, params: Any) -> None:
-        """Saves parameters alone, as step 0: what a converted checkpoint has.
+        """Saves only parameters, as step 0: the form of a converted checkpoint.
 
         Raises:
-          SaveError: it failed.
+          SaveError: the save could not start.
         """
         self._save(0, {"params": params}, {}, math.inf)
 
     def steps(self) -> list[int]:
-        """Steps that are there, oldest first."""
+        """Committed steps, and one that is being saved; oldest first."""
         return sorted(self._manager.all_steps())
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any], list[str]]:
-        """The newest intact step, as `like` is shaped and sharded.
+        """The newest intact step, with the shapes and shardings of `like`.
 
         Returns:
           The state, the data iterator's state, and a line for each newer step that is damaged.
@@ -117,7 +102,7 @@ class Checkpointer:
 
         def read(step, contents):
             items = _arrays_of(like)
-            if "ema" not in contents:  # averaging begins now
+            if "ema" not in contents:  # averaging starts now
                 items.pop("ema", None)
             restored = self._restore_arrays(step, contents, items)
             data = self._restore_text(step, "data")
@@ -128,7 +113,7 @@ class Checkpointer:
         _, (restored, data), skipped = self._newest_intact(read)
         state = like.replace(params=restored["params"], **restored["train"])
         if like.ema_params is not None:
-            # A copy: one array at two places of a state cannot be donated.
+            # A copy: an array that occurs twice in a state cannot be donated.
             ema_params = restored.get("ema") or jax.tree.map(jnp.copy, restored["params"])
             state = state.replace(ema_params=ema_params)
         return state, data, skipped
@@ -164,35 +149,83 @@ class Checkpointer:
                 folder.rename(self.directory / f"{newer}.damaged")
 
         on_first(rename)
-        self._manager.reload()
+        self._read_only()
 
     def wait(self) -> None:
-        """Returns when what was saved is on disk.
+        """Returns when the last save is on disk.
 
         Raises:
-          SaveError: it is not.
+          SaveError: it failed.
         """
-        self._or_save_error(self._manager.wait_until_finished)
-        self._or_save_error(self._manager.check_for_errors)
+        try:
+            self._or_save_error(self._manager.wait_until_finished)
+            self._or_save_error(self._manager.check_for_errors)
+        except SaveError:  # Orbax's list of steps is no longer what is on disk
+            self._or_save_error(self._read_only)
+            raise
 
     def close(self) -> None:
-        """Waits, then lets go of threads."""
+        """Waits, then ends Orbax's threads."""
         self.wait()
         self._manager.close()
 
     def _save(self, step, arrays, data, eval_loss):
-        self._or_save_error(self._manager.check_for_errors)
+        # Orbax counts a step as saved before it is committed, and skips later saves at or below it.
+        self.wait()
+        if not self._writes:
+            self._or_save_error(self._begin_to_write)
         self._or_save_error(self._check_writable)
         contents = {name: _contents(item) for name, item in arrays.items()}
         contents["data"] = _crc(data)
         items = {name: ocp.args.PyTreeSave(item) for name, item in arrays.items()}
         items["data"] = ocp.args.JsonSave(data)
         items["contents"] = ocp.args.JsonSave({**contents, "crc": _crc(contents)})
-        self._or_save_error(
+        has_begun = self._or_save_error(
             self._manager.save,
             step,
             args=ocp.args.Composite(**items),
             metrics={"eval/loss": eval_loss},
+        )
+        if not has_begun:
+            raise SaveError(
+                f"step {step} was not saved in {self.directory}, which has step "
+                f"{max(self.steps())} already"
+            )
+
+    def _read_only(self):
+        """Until the first save: metrics are not read, since a damaged file would stop Orbax."""
+        self._open_manager(lightweight_initialize=True)
+        self._writes = False
+
+    def _begin_to_write(self):
+        def prepare():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            _drop_unreadable_metrics(self.directory)
+
+        on_first(prepare)
+        self._open_manager(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(self._kept),
+            best_fn=_eval_loss,
+            best_mode="min",
+        )
+        self._writes = True
+
+    def _open_manager(self, **options):
+        if self._manager is not None:
+            self._manager.close()
+        # Compression would halve the speed, hold copies of the model in memory, and save 8 %.
+        arrays = ocp.PyTreeCheckpointHandler(use_compression=False)
+        text = ocp.JsonCheckpointHandler()
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(create=False, **options),
+            item_handlers={
+                "params": arrays,
+                "ema": arrays,
+                "train": arrays,
+                "data": text,
+                "contents": text,
+            },
         )
 
     def _check_writable(self):
@@ -204,8 +237,8 @@ class Checkpointer:
 
     def _or_save_error(self, function, *args, **options):
         try:
-            function(*args, **options)
-        except Exception as error:  # Orbax and TensorStore raise what they like
+            return function(*args, **options)
+        except Exception as error:  # Orbax and TensorStore raise anything
             reason = _first_line(error)
             raise SaveError(f"cannot save a checkpoint in {self.directory}: {reason}") from error
 
@@ -216,9 +249,10 @@ class Checkpointer:
                 return candidate, read(candidate, self._restore_contents(candidate)), skipped
             except OtherContentsError:
                 raise
-            except Exception as error:  # Orbax and TensorStore raise what they like
+            except Exception as error:  # Orbax and TensorStore raise anything
                 skipped.append(f"step {candidate} in {self.directory}: {_first_line(error)}")
-        reasons = "; ".join(skipped) or "there is no committed step"
+        missing = "no committed step" if self.directory.is_dir() else "no such directory"
+        reasons = "; ".join(skipped) or missing
         raise CheckpointError(f"no intact checkpoint in {self.directory}: {reasons}")
 
     def _restore_contents(self, step):
@@ -295,12 +329,15 @@ def _shapes(tree) -> list[tuple[str, str]]:
     ]
 
 
-def _drop_unreadable_metrics(directory) -> None:
-    """Orbax reads the metrics of all steps when it starts, and one damaged file would stop it.
+def _drop_unreadable_metrics(directory: epath.Path) -> None:
+    """Deletes damaged metrics of committed steps.
 
-    Without them a step counts as none of the best, and is restored all the same.
+    Orbax reads the metrics of all steps when it starts to write, and one damaged file would stop
+    it. Without them a step counts as none of the best, and is restored all the same.
     """
     for file in directory.glob("*/metrics/metrics"):
+        if not file.parent.parent.name.isdigit():  # a save in progress, or one put aside
+            continue
         try:
             float(_eval_loss(json.loads(file.read_bytes())))
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
