@@ -37,6 +37,14 @@ def test_chunks_give_the_loss_and_gradients_of_the_whole(monkeypatch, chunk, bia
         np.testing.assert_allclose(actual, gradient, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gradients_have_the_dtype_of_what_they_are_taken_of(dtype):
+    hidden_BLD, embedding_VD, bias_V, *rest = example(11, True)
+    floats = hidden_BLD.astype(jnp.bfloat16), embedding_VD.astype(dtype), bias_V.astype(dtype)
+    gradients = jax.grad(losses.cross_entropy, (0, 1, 2))(*floats, *rest)
+    assert [x.dtype for x in gradients] == [x.dtype for x in floats]
+
+
 def test_a_large_vocabulary_never_makes_all_logits_at_once():
     shapes = []
 

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 
 from perceiver_ar_jax.parallel import constrain, on_own_rows
 
-# Latents × vocabulary alive at a time, for one row of the batch. Each chunk costs a pass over the
-# gradient of the embedding.
+# Latents × vocabulary of one chunk, per row of the batch. Each chunk costs a pass over the gradient
+# of the embedding.
 MAX_LOGITS_PER_ROW = 2**24
 
 
@@ -17,15 +17,15 @@ def cross_entropy(
 ) -> jax.Array:
     """Weighted sum of -log p(target), in nats; a float32 scalar.
 
-    Head and loss in one, over chunks of latents: the logits of one chunk exist at a time. The
-    gradients are taken in the same pass, so no logits are computed twice.
+    Head and loss in one, over chunks of latents: only one chunk's logits exist at a time. The
+    gradients are computed in the same pass, so no logits are computed twice.
 
     Args:
       hidden_BLD: what the head reads.
       embedding_VD: the token embedding, to which the head is tied.
       bias_V: the head's bias, or None.
       targets_BL: token ids.
-      weights_BL: what each position counts, 0 at padding; float32.
+      weights_BL: the weight of each position, 0 at padding; float32.
     """
     bias_V = jnp.zeros(embedding_VD.shape[0], jnp.float32) if bias_V is None else bias_V
     return _cross_entropy(hidden_BLD, embedding_VD, bias_V, targets_BL, weights_BL)
@@ -56,7 +56,7 @@ def _forward(hidden_BLD, embedding_VD, bias_V, targets_BL, weights_BL):
         hidden_BLD, embedding, bias_V, targets_BL, weights_BL
     )
     dembedding_VD = constrain(dembedding_VD, "vocab", "embed").astype(embedding_VD.dtype)
-    return total, (dhidden_BLD, dembedding_VD, dbias_V)
+    return total, (dhidden_BLD, dembedding_VD, dbias_V.astype(bias_V.dtype))
 
 
 def _loss_and_gradients(hidden_BLD, embedding_VD, bias_V, targets_BL, weights_BL):
