@@ -1,7 +1,12 @@
 """How well a model predicts a text: nats per token and bits per byte, as one JSON object.
 
 Example:
-  python evaluate.py --model=DIR --text=FILE
+  python evaluate.py --model=runs/tiny --text=README.md
+
+Every token is predicted once, with at least max_seq_len - max_latents tokens before it as far as
+there are. Attention stays inside a document if the model was trained so.
+
+Exit codes: 0 done, 2 bad input, 4 no intact checkpoint, 130 interrupted.
 """
 
 import argparse
@@ -11,19 +16,31 @@ import sys
 
 def main() -> int:
     """Prints the result; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", required=True, help="what load_pretrained reads")
-    parser.add_argument(
-        "--text", required=True, help="a file or glob of UTF-8 text or JSONL, or a TFDS directory"
-    )
-    parser.add_argument("--split", default="train", help="of a TFDS directory, or a slice")
-    parser.add_argument("--batch_size", type=int, default=8)
-    arguments = parser.parse_args()
+    arguments = _parser().parse_args()
     from perceiver_ar_jax.command_line import exit_code  # here, so that --help costs nothing
 
     return exit_code("evaluate.py", lambda: _run(arguments))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    def add(name, help, **options):
+        if "default" in options:
+            help += " (default: %(default)s)"
+        parser.add_argument(name, help=help, **options)
+
+    add("--model", "what load_pretrained reads: a workdir, a folder, a hub id", required=True)
+    add(
+        "--text",
+        "a file or glob of UTF-8 text or JSONL, or a TFDS name or directory",
+        required=True,
+    )
+    add("--split", "a split of a TFDS dataset, or a slice such as train[:1%%]", default="train")
+    add("--batch_size", "windows per step", type=int, default=8)
+    return parser
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -45,6 +62,7 @@ def _run(arguments: argparse.Namespace) -> int:
             min_seq_len=1,
             max_seq_len=config.max_seq_len,
             batch_size=arguments.batch_size,
+            respect_documents=pretrained.respect_documents,
         ),
         pretrained.tokenizer,
         num_latents=config.max_latents,
@@ -60,6 +78,7 @@ def _run(arguments: argparse.Namespace) -> int:
         "model": arguments.model,
         "step": pretrained.step,
         "text": arguments.text,
+        "respect_documents": pretrained.respect_documents,
         "nats_per_token": result.loss,
         "bits_per_byte": result.bits_per_byte,
         "tokens": result.num_tokens,

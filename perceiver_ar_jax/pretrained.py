@@ -1,7 +1,8 @@
 """A trained model on disk: what `load_pretrained` reads, and what a run or a conversion leaves.
 
-A folder of ours holds `config.json` ({"model": …, "tokenizer_sha256": …}), `tokenizer/` and
-`checkpoints/<step>/`. A converted model is such a folder with parameters alone, at step 0.
+A folder of ours holds `config.json` ({"model": …, "tokenizer_sha256": …, "respect_documents": …}),
+`tokenizer/` and `checkpoints/<step>/`. A converted model is such a folder with only parameters, at
+step 0.
 """
 
 import dataclasses
@@ -33,6 +34,7 @@ class Pretrained:
     config: PerceiverARConfig
     tokenizer: Any  # None where the checkpoint has none
     step: int  # steps trained; 0 for a converted model
+    respect_documents: bool = False  # trained with attention that stays inside a document
 
     def generate_text(self, prompts: Sequence[str], **options) -> list[str]:
         """What follows each prompt, up to the end of text; prompt + continuation is the whole.
@@ -112,6 +114,7 @@ def save_pretrained(
     params: Any,
     *,
     tokenizer_files: Iterable[str | Path] = (),
+    respect_documents: bool = False,
 ) -> None:
     """Writes a folder that `load_pretrained` reads.
 
@@ -119,7 +122,8 @@ def save_pretrained(
       folder: made if it is not there.
       config: of the model.
       params: nested dicts of arrays.
-      tokenizer_files: copied beside it, under the names they have.
+      tokenizer_files: copied into it, under the names they have.
+      respect_documents: whether the model was trained with attention inside documents only.
     """
     from perceiver_ar_jax.training.checkpoint import Checkpointer
 
@@ -134,17 +138,23 @@ def save_pretrained(
     checkpointer = Checkpointer(folder / CHECKPOINTS_FOLDER)
     checkpointer.save_params(jax.tree.map(jax.device_put, params))
     checkpointer.close()
-    write_description(folder, config, tokenizer_sha256=sha256)
+    write_description(folder, config, tokenizer_sha256=sha256, respect_documents=respect_documents)
 
 
 def write_description(
-    folder: Path, config: PerceiverARConfig, *, tokenizer_sha256: str | None, **more: Any
+    folder: Path,
+    config: PerceiverARConfig,
+    *,
+    tokenizer_sha256: str | None,
+    respect_documents: bool = False,
+    **more: Any,
 ) -> None:
-    """Writes the `config.json` that says what model a folder holds."""
+    """Writes the `config.json` that says what model a folder holds and how it reads documents."""
     description = {
         "perceiver_ar_jax": __version__,
         "model": config.to_dict(),
         "tokenizer_sha256": tokenizer_sha256,
+        "respect_documents": respect_documents,
         **more,
     }
     (folder / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
@@ -187,7 +197,8 @@ def _load_ours(folder, description, step):
                 f"{folder / TOKENIZER_FOLDER} is not the tokenizer this model was trained with: "
                 f"sha256 {tokenizer.sha256[:12]}…, {description['tokenizer_sha256'][:12]}… expected"
             )
-    return Pretrained(model, params, config, tokenizer, step)
+    respect_documents = description.get("respect_documents", False)
+    return Pretrained(model, params, config, tokenizer, step, respect_documents)
 
 
 def _load_reference(source):

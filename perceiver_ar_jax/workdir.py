@@ -101,7 +101,13 @@ def describe(
         changed = differing_entries(_flat(old.get("run", {})), _flat(run))
     (workdir / TOKENIZER_FOLDER).mkdir(exist_ok=True)
     tokenizer.save(workdir / TOKENIZER_FOLDER)
-    write_description(workdir, model, tokenizer_sha256=tokenizer.sha256, run=run)
+    write_description(
+        workdir,
+        model,
+        tokenizer_sha256=tokenizer.sha256,
+        respect_documents=run["data"]["respect_documents"],
+        run=run,
+    )
     environment = {
         "command": sys.argv,
         "perceiver_ar_jax": __version__,
