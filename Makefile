@@ -28,6 +28,7 @@ quickstart: install
 test: $(VENV)/installed-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist=loadfile
 
 test-fast: $(VENV)/installed-for-tests

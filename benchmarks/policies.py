@@ -20,8 +20,7 @@ import numpy as np
 
 from perceiver_ar_jax import load_pretrained
 from perceiver_ar_jax.data.sources import open_source
-from perceiver_ar_jax.generation.context import Context
-from perceiver_ar_jax.generation.policies import POLICIES
+from perceiver_ar_jax.generation.policies import POLICIES, Context
 
 
 def main() -> None:

@@ -1,11 +1,14 @@
 """The lines that keep the parts apart: who may import whom."""
 
 import ast
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from perceiver_ar_jax import PerceiverARConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "perceiver_ar_jax"
@@ -16,7 +19,6 @@ FLOORS = (
     {"train_loop"},
     {"command_line", "convert", "preemption", "run_config", "workdir"},
     {"evaluation", "pretrained"},
-    {"text_generation"},
     {"generation", "data", "training", "conversion"},
     {"model", "tokenizers"},
     {"config", "parallel", "_version"},
@@ -110,3 +112,16 @@ print(*sorted({{name.split(".")[0] for name in sys.modules}} & set({LAZY!r})))
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == []
+
+
+def test_every_field_of_the_models_config_is_read_by_something():
+    attributes = {
+        node.attr
+        for path in FILES
+        if path.name not in ("config.py", "reference_config.py", "workdir.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+    }
+    fields = {field.name for field in dataclasses.fields(PerceiverARConfig)}
+    through_properties = {"num_self_attention_rotary_layers"}
+    assert fields - through_properties - attributes == set()

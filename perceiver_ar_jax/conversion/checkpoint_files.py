@@ -59,15 +59,15 @@ def read_files(source: str | Path) -> CheckpointFiles:
         config, tensors = _read_config(config_path), _read_directory(path)
     else:
         content = _read_weights(path)
-        config = content.get("hyper_parameters") if isinstance(content, dict) else None
-        if isinstance(config, dict):
-            config_path, content = path, content.get("state_dict")
-        elif not config_path.is_file():
+        settings = content.get("hyper_parameters") if isinstance(content, dict) else None
+        if isinstance(settings, dict):
+            config_path, config, content = path, settings, content.get("state_dict")
+        elif config_path.is_file():
+            config = _read_config(config_path)
+        else:
             raise ValueError(
                 f"{path} has no hyper_parameters (Lightning), and there is no {config_path}"
             )
-        else:
-            config = _read_config(config_path)
         tensors = _state_dict(content, path)
     return CheckpointFiles(path, config_path, config, tensors, _tokenizer_files(folder))
 
@@ -108,7 +108,7 @@ def _read_shards(folder: Path, index: Path) -> Tensors:
     places = _read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(n, str) for n in places.values()):
         raise ValueError(f"{index} has no weight_map from tensors to files")
-    tensors = {}
+    tensors: Tensors = {}
     for name in sorted(set(places.values())):
         if Path(name).name != name or not (folder / name).is_file():
             raise ValueError(f"{index} names {name!r}, which is not in its folder")

@@ -70,8 +70,8 @@ def read_reference(source: str | Path) -> ReferenceCheckpoint:
 def _rules_of(files: CheckpointFiles) -> Rules:
     """By the model_type of config.json; a Lightning file is known by its tensors."""
     if files.config_path == files.path:
-        known = (r for r in SOURCES if any(name.endswith(r.anchor) for name in files.tensors))
-        return next(known, SOURCES[0])
+        found = (r for r in SOURCES if any(name.endswith(r.anchor) for name in files.tensors))
+        return next(found, SOURCES[0])
     if "model" in files.config and "model_config" not in files.config:
         raise ValueError(
             f"{files.config_path.parent} is a checkpoint of ours; --to_torch exports it"

@@ -209,7 +209,7 @@ def _check(
 
 
 def _flatten(params: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    leaves = {}
+    leaves: dict[str, Any] = {}
     for name, value in params.items():
         if isinstance(value, Mapping):
             leaves |= _flatten(value, f"{path}{name}/")

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -63,7 +64,8 @@ def write_safetensors(
     arrays: Iterable[tuple[str, np.ndarray]],
 ) -> None:
     """Writes arrays as they come; `specs` has the dtype and shape of each, in the same order."""
-    header = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without this
+    # transformers refuses a file without this format.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (dtype, shape) in specs.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize

@@ -9,6 +9,7 @@ import re
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,7 +111,7 @@ def _read_zip(path: Path) -> Any:
             in_part.add(storage.record)
         return tensor
 
-    constructors = {
+    constructors: dict[str, Callable[..., Any]] = {
         "torch._utils._rebuild_tensor": rebuild_tensor,
         "torch._utils._rebuild_tensor_v2": rebuild_tensor,
         "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,

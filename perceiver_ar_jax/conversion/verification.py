@@ -21,6 +21,8 @@ TOLERANCE = 1e-3
 class VerificationError(Exception):
     """The converted model is not the one it was made from."""
 
+    exit_code = 1
+
 
 class Inputs(NamedTuple):
     """Random left-padded rows; the padding stays in the prefix, where the reference masks it."""

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
@@ -31,13 +32,13 @@ class HFTokenizer(Tokenizer):
     """
 
     def __init__(self, path: str | Path):
-        path = epath.Path(path)
-        if not path.is_file():
+        file = epath.Path(path)
+        if not file.is_file():
             raise ValueError(f"no tokenizer at {path}: expected a {HUGGING_FACE_FILE}")
-        self._files = {HUGGING_FACE_FILE: path.read_bytes()}
-        description = _parse_json(path, self._files[HUGGING_FACE_FILE])
-        named = {}
-        for beside in (path.with_name(CONFIG_FILE), path.with_name(SPECIAL_TOKENS_FILE)):
+        self._files = {HUGGING_FACE_FILE: file.read_bytes()}
+        description = _parse_json(file, self._files[HUGGING_FACE_FILE])
+        named: dict[str, Any] = {}
+        for beside in (file.with_name(CONFIG_FILE), file.with_name(SPECIAL_TOKENS_FILE)):
             if beside.is_file():
                 self._files[beside.name] = beside.read_bytes()
                 named |= _parse_json(beside, self._files[beside.name])
@@ -53,12 +54,11 @@ class HFTokenizer(Tokenizer):
             raise ValueError(f"{path} is no tokenizer of Hugging Face's: {error}") from None
         self.vocab_size = self.model_vocab_size = 1 + max(vocabulary.values(), default=-1)
         added = {token["content"]: token["id"] for token in description.get("added_tokens") or ()}
-        self.eos_id = _token_id(named.get("eos_token"), vocabulary, EOS_TOKENS, added)
-        if self.eos_id is None:
+        eos_id = _token_id(named.get("eos_token"), vocabulary, EOS_TOKENS, added)
+        if eos_id is None:
             raise ValueError(f"{path} names no token to end documents with")
-        self.pad_id = _token_id(named.get("pad_token"), vocabulary, PAD_TOKENS, added)
-        if self.pad_id is None:
-            self.pad_id = self.eos_id
+        pad_id = _token_id(named.get("pad_token"), vocabulary, PAD_TOKENS, added)
+        self.eos_id, self.pad_id = eos_id, eos_id if pad_id is None else pad_id
         self.cleans_up = named.get("clean_up_tokenization_spaces", CONFIG_FILE in self._files)
         # One stray byte turns a whole run of <0x..> pieces into U+FFFD: see TextStream
         fallback = "ByteFallback" in json.dumps(description.get("decoder"))

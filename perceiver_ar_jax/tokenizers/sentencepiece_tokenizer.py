@@ -35,12 +35,11 @@ class SentencePieceTokenizer(Tokenizer):
         except Exception as error:
             raise ValueError(_not_a_model(path, self._model)) from error
         self.vocab_size = self.model_vocab_size = processor.vocab_size()
-        self.eos_id = _piece_id(processor, "</s>", processor.eos_id())
-        if self.eos_id is None:
+        eos_id = _piece_id(processor, "</s>", processor.eos_id())
+        if eos_id is None:
             raise ValueError(f"{path} has no piece </s> to end documents with")
-        self.pad_id = _piece_id(processor, "<pad>", processor.pad_id())
-        if self.pad_id is None:
-            self.pad_id = self.eos_id
+        pad_id = _piece_id(processor, "<pad>", processor.pad_id())
+        self.eos_id, self.pad_id = eos_id, eos_id if pad_id is None else pad_id
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone, no special ones added."""

@@ -17,6 +17,8 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._returned = 0  # characters of decode(self._ids), before the clean-up
         self._start()
 
     def push(self, token_id: int) -> str:
@@ -41,7 +43,7 @@ class TextStream:
 
     def _start(self) -> None:
         self._ids = []
-        self._returned = 0  # characters of decode(self._ids), before the clean-up
+        self._returned = 0
         replacements = REPLACEMENTS if self._tokenizer.cleans_up else ()
         self._replacements = [_StreamedReplacement(old, new) for old, new in replacements]
 

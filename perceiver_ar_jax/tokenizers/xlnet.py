@@ -167,7 +167,7 @@ def _score(processor: sentencepiece.SentencePieceProcessor, i: int) -> float:
 
 def _backtrack(last: list[tuple[int, int]]) -> tuple[int, ...]:
     """The pieces' ids in order; neighbouring unknown ones become one."""
-    ids = []
+    ids: list[int] = []
     end = len(last) - 1
     while end > 0:
         end, i = last[end]
@@ -194,8 +194,8 @@ class _Characters(dict):
     def __missing__(self, code: int) -> str:
         characters = chr(code).encode("utf-8", errors="replace").decode("utf-8")
         if not any(code in block for block in _NEWER_THAN_UNICODE_9):
-            characters = unicodedata.normalize("NFKD", characters)
-            characters = filter(_is_not_mark, characters)
+            decomposed = unicodedata.normalize("NFKD", characters)
+            characters = "".join(filter(_is_not_mark, decomposed))
         self[code] = "".join(map(self._normalizer.normalize, characters))
         return self[code]
 
