@@ -1,9 +1,12 @@
 """Continues prompts with a trained or converted model.
 
-Examples:
-  python sample.py --model=DIR --prompt="Once upon a time" --num_latents=2 --top_k=20
-  python sample.py --model=DIR --prompt_file=prompts.txt --json     (a prompt a line)
-  echo "Once upon a time" | python sample.py --model=DIR
+Example:
+  python sample.py --model=DIR --prompt="Once upon a time" --temperature=0.7 --top_k=20
+
+Without --prompt or --prompt_file the prompt is standard input. One prompt is continued as the text
+comes, several are one batch. Texts go to standard output, speeds to standard error.
+
+Exit codes: 0 done, 2 bad input, 4 no intact checkpoint, 130 interrupted.
 """
 
 import argparse
@@ -25,45 +28,56 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="what load_pretrained reads")
-    prompts = parser.add_mutually_exclusive_group()
-    prompts.add_argument("--prompt", action="append", help="may be given several times")
-    prompts.add_argument("--prompt_file", help="UTF-8 text, a prompt a line")
-    parser.add_argument("--num_latents", type=int, default=1)
-    parser.add_argument("--max_new_tokens", type=int, default=64)
-    parser.add_argument("--greedy", action="store_true", help="the most likely token, no sampling")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--top_k", type=int)
-    parser.add_argument("--top_p", type=float)
-    parser.add_argument("--min_p", type=float)
-    parser.add_argument("--repetition_penalty", type=float, default=1.0)
-    parser.add_argument("--num_beams", type=int, default=1, help="above 1: beam search")
-    parser.add_argument("--length_penalty", type=float, default=1.0, help="of beam search")
-    parser.add_argument(
-        "--penalty_alpha", type=float, help="contrastive search among top_k candidates"
+
+    def add(name, help, **options):
+        if options.get("default") is not None:
+            help += " (default: %(default)s)"
+        parser.add_argument(name, help=help, **options)
+
+    add("--model", "what load_pretrained reads: a workdir, a folder, a hub id", required=True)
+    add("--prompt", "may be given several times", action="append")
+    add("--prompt_file", "UTF-8 text, one prompt per line; blank lines are skipped")
+    add(
+        "--num_latents",
+        "how many of the prompt's last tokens are latents at the start. More make the first new "
+        "tokens better (1, perceiver-io's default, costs them 0.1 nats after a long prompt), but "
+        "each new token takes one, and once max_latents are in use --policy decides (default: all "
+        "of the prompt, as far as that leaves 128 latents, or half of max_latents if that is less)",
+        type=int,
     )
-    parser.add_argument("--policy", default="slide", help="slide, recompute or reset")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="an object a prompt, with log-probs")
+    add("--max_new_tokens", "how many tokens to add at most", type=int, default=64)
+    add("--greedy", "the most likely token, no sampling", action="store_true")
+    add("--temperature", "of sampling; below 1e-6 it is greedy", type=float, default=1.0)
+    add("--top_k", "sample among this many likeliest tokens (default: all)", type=int)
+    add("--top_p", "sample among the fewest tokens with this probability (default: 1)", type=float)
+    add("--min_p", "drop tokens below this share of the likeliest (default: 0)", type=float)
+    add("--repetition_penalty", "above 1: repeat less", type=float, default=1.0)
+    add("--num_beams", "above 1: beam search", type=int, default=1)
+    add("--length_penalty", "of beam search; above 0 favours long texts", type=float, default=1.0)
+    add(
+        "--penalty_alpha",
+        "contrastive search among --top_k candidates, such as 0.6 (default: none)",
+        type=float,
+    )
+    add("--policy", "when latents are used up: slide, recompute or reset", default="slide")
+    add("--seed", "of sampling", type=int, default=0)
+    add("--json", "print one object per prompt, with log-probabilities", action="store_true")
     return parser
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.prompt and arguments.prompt_file:
+        raise ValueError("pass --prompt or --prompt_file, not both")
     import jax
     from absl import logging
 
     from perceiver_ar_jax import load_pretrained
 
     logging.set_verbosity(logging.WARNING)
-    texts = _prompts(arguments)
+    prompts = _prompts(arguments)
     pretrained = load_pretrained(arguments.model)
-    tokenizer = pretrained.tokenizer
-    if tokenizer is None:
+    if pretrained.tokenizer is None:
         raise ValueError(f"{arguments.model} has no tokenizer")
-    prompts = [tokenizer.encode(text) for text in texts]
-    for text, prompt in zip(texts, prompts, strict=True):
-        if not prompt:
-            raise ValueError(f"the prompt {text!r} is empty")
     searches = arguments.num_beams > 1 or arguments.penalty_alpha is not None
     options = {
         "max_new_tokens": arguments.max_new_tokens,
@@ -78,78 +92,73 @@ def _run(arguments: argparse.Namespace) -> int:
         "length_penalty": arguments.length_penalty,
         "penalty_alpha": arguments.penalty_alpha,
         "policy": arguments.policy,
-        "eos_token_id": tokenizer.eos_id,
-        "pad_token_id": tokenizer.pad_id,
-        "vocab_size": tokenizer.vocab_size,
         "rng": jax.random.key(arguments.seed),
     }
     if len(prompts) == 1 and not arguments.json and arguments.num_beams == 1:
-        _stream(pretrained, texts[0], prompts, options)
+        _stream(pretrained, prompts[0], options)
     else:
-        _print_all(pretrained, texts, prompts, options, as_json=arguments.json)
+        _print_all(pretrained, prompts, options, as_json=arguments.json)
     return 0
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
     if arguments.prompt:
         return arguments.prompt
-    if arguments.prompt_file:
-        try:
-            return Path(arguments.prompt_file).read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{arguments.prompt_file} is no UTF-8 text: {error}") from None
-    return [sys.stdin.read().rstrip("\n")]
+    if arguments.prompt_file is None:
+        return [sys.stdin.read().rstrip("\n")]
+    try:
+        text = Path(arguments.prompt_file).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{arguments.prompt_file} is not UTF-8 text: {error}") from None
+    # Not splitlines(): form feeds and Unicode's line separators belong to a prompt.
+    prompts = [line.removesuffix("\r") for line in text.split("\n")]
+    prompts = [prompt for prompt in prompts if prompt.strip()]
+    if not prompts:
+        raise ValueError(f"{arguments.prompt_file} has no prompts: all its lines are blank")
+    return prompts
 
 
-def _stream(pretrained, text, prompts, options) -> None:
+def _stream(pretrained, prompt, options) -> None:
     """Prints a single continuation as it comes."""
-    from perceiver_ar_jax.generation import stream
-    from perceiver_ar_jax.tokenizers import TextStream
-
-    pieces = TextStream(pretrained.tokenizer)
-    for token in prompts[0]:
-        pieces.push(token)
-    start = time.monotonic()
-    times = []
-    for (token,) in stream(pretrained.model, pretrained.params, prompts, **options):
-        if not times:
-            print(text, end="", flush=True)
-        times.append(time.monotonic() - start)
-        if token == options["eos_token_id"]:
-            break
-        print(pieces.push(int(token)), end="", flush=True)
-    print(pieces.flush())
-    rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
-    print(
-        f"first token after {times[0]:.2f} s (compilation included), then {rate:.1f} tokens/s",
-        file=sys.stderr,
-    )
+    clock = _Clock()
+    for count, piece in enumerate(pretrained.stream_text(prompt, **options)):
+        if not count:
+            clock.first_token()
+            print(prompt, end="")
+        print(piece, end="", flush=True)
+    print()
+    clock.report(num_later_tokens=count)
 
 
-def _print_all(pretrained, texts, prompts, options, *, as_json: bool) -> None:
-    """Prints all continuations, as text or as a JSON object a line."""
-    from perceiver_ar_jax.generation import generate_with_log_probs
-
-    start = time.monotonic()
-    result = generate_with_log_probs(pretrained.model, pretrained.params, prompts, **options)
-    seconds = time.monotonic() - start
-    new = result.tokens[:, -options["max_new_tokens"] :].tolist()
-    num_tokens = 0
-    for text, prompt, row, log_probs in zip(texts, prompts, new, result.log_probs, strict=True):
-        if options["eos_token_id"] in row:
-            row = row[: row.index(options["eos_token_id"])]
-        num_tokens += len(row)
-        whole = pretrained.tokenizer.decode(prompt + row)
+def _print_all(pretrained, prompts, options, *, as_json: bool) -> None:
+    """Prints all continuations, as text or as one JSON object per line."""
+    clock = _Clock()
+    continuations = pretrained.continue_texts(prompts, on_first_token=clock.first_token, **options)
+    num_tokens = sum(len(continuation.tokens) for continuation in continuations)
+    clock.report(num_later_tokens=max(num_tokens - len(prompts), 0))
+    for prompt, (text, tokens, log_probs) in zip(prompts, continuations, strict=True):
         if as_json:
-            line = {"prompt": text, "text": whole, "tokens": row}
-            print(json.dumps(line | {"log_probs": log_probs[: len(row)].tolist()}))
+            line = {"prompt": prompt, "text": prompt + text}
+            print(json.dumps(line | {"tokens": tokens, "log_probs": log_probs}))
         else:
-            print(whole)
-    print(
-        f"{num_tokens} tokens in {seconds:.2f} s (compilation included), "
-        f"{num_tokens / seconds:.1f} tokens/s",
-        file=sys.stderr,
-    )
+            print(prompt + text)
+
+
+class _Clock:
+    """Times the first token, which waits for compilation, apart from the others."""
+
+    def __init__(self):
+        self._start = time.monotonic()
+
+    def first_token(self) -> None:
+        self._first = time.monotonic()
+
+    def report(self, *, num_later_tokens: int) -> None:
+        line = f"first token after {self._first - self._start:.2f} s (compilation included)"
+        if num_later_tokens:
+            rate = num_later_tokens / (time.monotonic() - self._first)
+            line += f", then {rate:.1f} tokens/s"
+        print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

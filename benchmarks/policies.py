@@ -20,7 +20,8 @@ import numpy as np
 
 from perceiver_ar_jax import load_pretrained
 from perceiver_ar_jax.data.sources import open_source
-from perceiver_ar_jax.generation.policies import POLICIES, Context
+from perceiver_ar_jax.generation.context import Context
+from perceiver_ar_jax.generation.policies import POLICIES
 
 
 def main() -> None:

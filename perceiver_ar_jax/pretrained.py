@@ -10,13 +10,14 @@ import functools
 import json
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from etils import epath
 
+from perceiver_ar_jax import text_generation
 from perceiver_ar_jax._version import __version__
 from perceiver_ar_jax.config import PerceiverARConfig
 from perceiver_ar_jax.model import PerceiverAR, init_params
@@ -26,7 +27,7 @@ CONFIG_FILE, TOKENIZER_FOLDER, CHECKPOINTS_FOLDER = "config.json", "tokenizer", 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A model and its parameters, ready for `model.apply` and `generate`."""
+    """A model and its parameters, ready for `model.apply`, `generate` and `generate_text`."""
 
     model: PerceiverAR
     params: Any
@@ -34,6 +35,50 @@ class Pretrained:
     tokenizer: Any  # None where the checkpoint has none
     step: int  # steps trained; 0 for a converted model
     respect_documents: bool = False  # trained with attention that stays inside a document
+
+    def generate_text(self, prompts: Sequence[str], **options) -> list[str]:
+        """What follows each prompt, up to the end of text; prompt + continuation is the whole.
+
+        Args:
+          prompts: texts, none of them empty; they are one batch.
+          **options: as in `generate`. By default num_latents is chosen for good text, and
+            eos_token_id, pad_token_id and vocab_size are the tokenizer's.
+
+        Raises:
+          ValueError: if there is no tokenizer, a prompt is empty or too long, or an option is out
+            of range.
+          TypeError: naming an option that does not exist.
+        """
+        return [x.text for x in self.continue_texts(prompts, **options)]
+
+    def stream_text(self, prompt: str, **options) -> Iterator[str]:
+        """What follows a prompt, one piece per token as it is computed; as in `generate_text`.
+
+        A piece is empty where a token completes no character. Closing the iterator ends the work.
+        """
+        return text_generation.stream_text(
+            self.model, self.params, self.tokenizer, prompt, **options
+        )
+
+    def continue_texts(
+        self,
+        prompts: Sequence[str],
+        *,
+        on_first_token: Callable[[], None] | None = None,
+        **options,
+    ) -> list[text_generation.Continuation]:
+        """`generate_text`, with the new tokens and their log-probabilities.
+
+        `on_first_token` is called when everything is compiled and the first tokens are there.
+        """
+        return text_generation.continue_texts(
+            self.model,
+            self.params,
+            self.tokenizer,
+            prompts,
+            on_first_token=on_first_token,
+            **options,
+        )
 
 
 def load_pretrained(path: str | Path, *, step: int | None = None) -> Pretrained:

@@ -19,6 +19,7 @@ FLOORS = (
     {"train_loop"},
     {"command_line", "convert", "preemption", "run_config", "workdir"},
     {"evaluation", "pretrained"},
+    {"text_generation"},
     {"generation", "data", "training", "conversion"},
     {"model", "tokenizers"},
     {"config", "parallel", "_version"},

@@ -1,5 +1,6 @@
 """What a user types, and what it prints."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
+import sample
 from perceiver_ar_jax import PerceiverAR, PerceiverARConfig
 from perceiver_ar_jax.model import init_params
 from perceiver_ar_jax.pretrained import save_pretrained
@@ -74,9 +76,13 @@ def test_evaluate_prints_bits_per_byte_as_json(model_folder, tmp_path):
     [
         (("--prompt", ""), "the prompt '' is empty"),
         (("--prompt", "x", "--num_latents", "17"), "num_latents=17 out of valid range [1..16]"),
-        (("--prompt", "x" * 65), "Input sequence length out of valid range [1..64]"),
+        (("--prompt", "x" * 65), "out of valid range [1..64]: the prompt has 65 tokens"),
         (("--prompt", "x", "--policy", "jump"), "jump"),
         (("--prompt_file", "no/such/file"), "no/such/file"),
+        (
+            ("--prompt", "x", "--greedy", "--top_k", "5"),
+            "top_k=5 changes nothing without",
+        ),
     ],
 )
 def test_sample_says_in_one_line_what_is_wrong(model_folder, arguments, words):
@@ -86,11 +92,31 @@ def test_sample_says_in_one_line_what_is_wrong(model_folder, arguments, words):
     assert len(result.stderr.strip().splitlines()) == 1
 
 
+def test_a_prompt_file_splits_at_newlines_only_and_skips_blank_lines(tmp_path):
+    prompts = ["one\u2028two\x0cthree\x85four", " indented", "last\rone"]
+    lines = "\n".join([prompts[0], "", "  ", prompts[1] + "\r", prompts[2]])
+    (tmp_path / "prompts.txt").write_bytes(f"\ufeff{lines}\n".encode())
+    arguments = argparse.Namespace(prompt=None, prompt_file=tmp_path / "prompts.txt")
+    assert sample._prompts(arguments) == prompts
+    (tmp_path / "prompts.txt").write_text(" \n\n")
+    with pytest.raises(ValueError, match="has no prompts: all its lines are blank"):
+        sample._prompts(arguments)
+
+
+def test_the_speed_of_sample_does_not_count_compilation(monkeypatch, capsys):
+    monkeypatch.setattr(sample.time, "monotonic", iter([100.0, 130.0, 132.0]).__next__)
+    clock = sample._Clock()
+    clock.first_token()
+    clock.report(num_later_tokens=50)
+    expected = "first token after 30.00 s (compilation included), then 25.0 tokens/s\n"
+    assert capsys.readouterr().err == expected
+
+
 def test_a_prompt_file_that_is_no_text_is_named(model_folder, tmp_path):
     (tmp_path / "prompts").write_bytes(b"\xff\xfe")
     result = run("sample.py", "--model", model_folder, "--prompt_file", tmp_path / "prompts")
     assert result.returncode == 2
-    assert f"{tmp_path / 'prompts'} is no UTF-8 text" in result.stderr
+    assert f"{tmp_path / 'prompts'} is not UTF-8 text" in result.stderr
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path):

@@ -266,7 +266,7 @@ def test_a_prompt_read_once_survives_a_file_bit_for_bit(params, tmp_path, dtype)
 
 def test_a_file_that_is_no_prefilled_prompt_is_refused(tmp_path):
     (tmp_path / "prompt").write_bytes(b"some text")
-    with pytest.raises(ValueError, match="holds no prefilled prompt"):
+    with pytest.raises(ValueError, match="does not hold a prefilled prompt"):
         load_prefilled(tmp_path / "prompt")
 
 

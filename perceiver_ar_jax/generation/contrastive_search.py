@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from perceiver_ar_jax.generation.context import Context
 from perceiver_ar_jax.generation.loop import Decoder, Ending, put
-from perceiver_ar_jax.generation.policies import Context
 from perceiver_ar_jax.generation.sampling import RepetitionPenalty
 
 

@@ -12,28 +12,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from perceiver_ar_jax.config import PerceiverARConfig
+from perceiver_ar_jax.generation.context import Context
+from perceiver_ar_jax.generation.prompt import latents_with_room
 from perceiver_ar_jax.model import Cache, PerceiverAR
-
-
-@struct.dataclass
-class Context:
-    """A prompt that the model has read."""
-
-    tokens_BS: jax.Array  # padded on the left
-    hidden_BLD: jax.Array  # of the prompt's latents
-    cache: Cache  # without room for more
-
-    def take(self, rows_B: jax.Array) -> "Context":
-        """The context of some rows, possibly several times."""
-        return Context(self.tokens_BS[rows_B], self.hidden_BLD[rows_B], self.cache.take(rows_B))
-
-    def seen(self, vocab_size: int) -> jax.Array:
-        """Which tokens occur in each row, pads aside, (B, V)."""
-        batch, columns = self.tokens_BS.shape
-        pads_BS = jnp.arange(columns) < self.cache.pads_B[:, None]
-        tokens_BS = jnp.where(pads_BS, vocab_size, self.tokens_BS)
-        seen_BV = jnp.zeros((batch, vocab_size), bool)
-        return seen_BV.at[jnp.arange(batch)[:, None], tokens_BS].set(True, mode="drop")
 
 
 class Policy(Protocol):
@@ -146,7 +127,7 @@ class Reset:
     def latents_after(self, config: PerceiverARConfig) -> int:
         """How many tokens a full pass makes latents."""
         if self.refill is None:
-            return max(config.max_latents - 128, config.max_latents // 2, 1)
+            return latents_with_room(config.max_latents)
         if not 0 < self.refill <= config.max_latents:
             raise ValueError(f"refill={self.refill} out of valid range [1..{config.max_latents}]")
         return self.refill

@@ -1,16 +1,18 @@
-"""A prompt that the model has read, to be continued any number of times; also in a file."""
+"""A prompt to be continued any number of times: read once by `prefill`, also kept in a file."""
 
+import operator
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import serialization
 
-from perceiver_ar_jax.config import PerceiverARConfig
-from perceiver_ar_jax.generation.policies import Context
+from perceiver_ar_jax.generation import prompt as prompts
+from perceiver_ar_jax.generation.context import Context, fingerprint, mesh_of, read_prompt
+from perceiver_ar_jax.model import PerceiverAR
 from perceiver_ar_jax.model.cache import Cache, LayerCache
 
 
@@ -22,14 +24,16 @@ class Prefilled(NamedTuple):
     context: Context
     fingerprint: jax.Array  # of the parameters that read the prompt
 
-    def check(self, config: PerceiverARConfig, params: Any) -> None:
+    def check(self, model: PerceiverAR, params: Any) -> None:
         """Raises ValueError where another model has read the prompt."""
+        check_model(model, params)
+        config = model.config
         keys = self.context.cache.cross.k.shape[-3:-1]
         read_by = (len(self.context.cache.layers), *keys)
         asked = (config.num_self_attention_layers, config.num_heads, config.head_dim)
         if read_by != asked:
             raise ValueError(
-                f"a model with {read_by} layers, heads and channels a head has read this prompt; "
+                f"a model with {read_by} layers, heads and channels per head has read this prompt; "
                 f"the one that is to continue it has {asked}"
             )
         columns, latents = self.context.tokens_BS.shape[1], self.context.hidden_BLD.shape[1]
@@ -44,13 +48,26 @@ class Prefilled(NamedTuple):
             )
 
 
-def fingerprint(params: Any) -> jax.Array:
-    """A number that other parameters hardly share, from a few elements of each array."""
-    total = jnp.uint32(0)
-    for x in jax.tree.leaves(params):
-        few = x[(slice(0, 1),) * (x.ndim - 1) + (slice(0, 16),)].astype(jnp.float32)
-        total = total * 31 + jax.lax.bitcast_convert_type(few, jnp.uint32).sum()
-    return total
+def prefill(
+    model: PerceiverAR,
+    params: Any,
+    prompt: np.ndarray | Sequence[Sequence[int]],
+    *,
+    num_latents: int = 1,
+    pad_mask: np.ndarray | None = None,
+) -> Prefilled:
+    """Reads a prompt once, to be continued many times; arguments as in `generate`."""
+    check_model(model, params)
+    try:
+        num_latents = operator.index(num_latents)
+    except TypeError:
+        raise ValueError(f"num_latents must be a whole number, not {num_latents!r}") from None
+    tokens_BS, pad_mask_BS = prompts.as_rows(prompt, pad_mask)
+    prompts.check(tokens_BS, pad_mask_BS, num_latents, model.config)
+    *padded, prefix_len = prompts.in_bucket(tokens_BS, pad_mask_BS, num_latents, model.config)
+    with mesh_of(params):
+        context, weights = read_prompt(params, *padded, prefix_len=prefix_len, model=model)
+    return Prefilled(tokens_BS, pad_mask_BS, context, weights)
 
 
 def save_prefilled(path: str | os.PathLike, prefilled: Prefilled) -> None:
@@ -73,4 +90,20 @@ def load_prefilled(path: str | os.PathLike) -> Prefilled:
     except OSError:
         raise
     except Exception as error:  # msgpack raises many kinds
-        raise ValueError(f"{path} holds no prefilled prompt ({error})") from error
+        raise ValueError(f"{path} does not hold a prefilled prompt ({error})") from error
+
+
+def check_model(model: PerceiverAR, params: Any) -> None:
+    """Raises ValueError where these are not a model and its parameters."""
+    if isinstance(params, PerceiverAR):
+        raise ValueError("model and params are swapped: generate(model, params, prompt)")
+    if not isinstance(model, PerceiverAR):
+        raise ValueError(
+            f"model must be a PerceiverAR, not {type(model).__name__}: "
+            "generate(model, params, prompt)"
+        )
+    if "token_embedding" not in params:
+        raise ValueError(
+            "params must be the parameters of a PerceiverAR, such as "
+            f'model.init(...)["params"]; these have {", ".join(map(str, params))}'
+        )

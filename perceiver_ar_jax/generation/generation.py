@@ -1,0 +1,128 @@
+"""One call of `generate` or `stream`: a prompt, and how far it has been continued."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from perceiver_ar_jax.generation.context import mesh_of
+from perceiver_ar_jax.generation.loop import Decoder, continue_until
+from perceiver_ar_jax.generation.options import Options
+from perceiver_ar_jax.generation.prefilled import Prefilled, prefill
+from perceiver_ar_jax.generation.prompt import bucket_size
+from perceiver_ar_jax.model import PerceiverAR
+
+
+class Generated(NamedTuple):
+    """Prompt and new tokens, (B, S + T), and the log-probability of each new token, (B, T)."""
+
+    tokens: np.ndarray
+    log_probs: np.ndarray
+
+
+class Generation:
+    """A prompt, read at construction, and its continuation so far; arguments as in `generate`."""
+
+    def __init__(
+        self,
+        model: PerceiverAR,
+        params: Any,
+        prompt: np.ndarray | Sequence[Sequence[int]] | Prefilled,
+        options: Options,
+        *,
+        num_latents: int = 1,
+        pad_mask: np.ndarray | None = None,
+    ):
+        if isinstance(prompt, Prefilled):
+            prompt.check(model, params)
+        else:
+            prompt = prefill(model, params, prompt, num_latents=num_latents, pad_mask=pad_mask)
+        options.check_against(model.config, num_prompts=len(prompt.tokens_BS))
+        num_ids = np.int32(options.vocab_size or model.config.vocab_size)
+        embedding_DV = _transposed_embedding(params, model=model)
+        self._options, self._prompt, self._params = options, prompt, params
+        self._inputs = (params, embedding_DV, num_ids, options.method, options.ending)
+        self._static = {"model": model, "policy": options.decoding_policy}
+        self._progress = None
+
+    def advance_to(self, count: int) -> int:
+        """Adds tokens until there are `count`, or all rows have ended; returns their number."""
+        with mesh_of(self._params):
+            if self._progress is None:
+                size = bucket_size(self._options.max_new_tokens)
+                self._progress = _begin(
+                    *self._inputs, self._prompt.context, max_new_tokens=size, **self._static
+                )
+            self._progress = _continue_until(
+                *self._inputs, self._progress, np.int32(count), **self._static
+            )
+        return int(self._progress.count)
+
+    def new_tokens(self) -> Iterator[np.ndarray]:
+        """The new tokens, (B,) at a time, each computed when it is asked for."""
+        for count in range(1, self._options.max_new_tokens + 1):
+            if self.advance_to(count) < count:
+                return
+            yield _on_host(self._progress.tokens_BT)[:, count - 1]
+
+    def result(self) -> Generated:
+        """Prompt and all new tokens, after what is missing was added."""
+        options, prompt = self._options, self._prompt
+        self.advance_to(options.max_new_tokens)
+        prompt_BS = np.where(prompt.pad_mask_BS, options.pad_token_id, prompt.tokens_BS)
+        prompt_BS = np.repeat(prompt_BS.astype(np.int32), options.num_return_sequences, axis=0)
+        tokens_BT, log_probs_BT = (
+            _on_host(x)[:, : options.max_new_tokens] for x in options.method.finish(self._progress)
+        )
+        return Generated(np.concatenate([prompt_BS, tokens_BT], axis=1), log_probs_BT)
+
+
+def _on_host(x):
+    """The whole array, also where other processes hold parts of it."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _transposed_embedding(params, *, model):
+    # XLA's matrix × vector on CPU is eight times slower with the rows the other way round.
+    return model.apply({"params": params}, method="transposed_embedding")
+
+
+@functools.partial(jax.jit, static_argnames=("max_new_tokens", "model", "policy"))
+def _begin(
+    params, embedding_DV, num_ids, method, ending, context, *, max_new_tokens, model, policy
+):
+    rows_R = jnp.repeat(jnp.arange(len(context.tokens_BS)), method.rows_per_prompt)
+    context = context.take(rows_R)
+    return method.begin(
+        _decoder(params, embedding_DV, num_ids, model, policy),
+        context,
+        policy.start(context, max_new_tokens, model.config),
+        ending=ending,
+        max_new_tokens=max_new_tokens,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("model", "policy"), donate_argnames="progress")
+def _continue_until(
+    params, embedding_DV, num_ids, method, ending, progress, count, *, model, policy
+):
+    decoder = _decoder(params, embedding_DV, num_ids, model, policy)
+    return continue_until(decoder, method, progress, ending, count)
+
+
+def _decoder(params, embedding_DV, num_ids, model, policy):
+    def head(hidden_BD):
+        logits_B1V = model.apply(
+            {"params": params}, hidden_BD[:, None], embedding_DV, method="logits"
+        )
+        is_usable_V = jnp.arange(logits_B1V.shape[-1]) < num_ids
+        return jnp.where(is_usable_V, logits_B1V[:, 0], -jnp.inf)
+
+    return Decoder(functools.partial(policy.step, model, params), head)
