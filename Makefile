@@ -5,6 +5,9 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 RUN = runs/quickstart
 
+# The text and tokenizers that tests read: what is there already, otherwise made here.
+TEST_DATA = $(or $(PERCEIVER_AR_DATA),$(wildcard ../shared/data),runs/test-data)
+
 # First touches of fresh memory cost a fifth of a CPU training step; so glibc keeps what it has.
 MALLOC = MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 \
          MALLOC_TOP_PAD_=268435456
@@ -14,7 +17,7 @@ FAST = $(addprefix tests/test_, architecture.py command_line.py conversion_files
   data_sources.py generation_policies.py losses.py mesh_context.py model_long_prefix.py \
   model_memory.py model_parameters.py notebooks.py streaming.py train_loop.py)
 
-.PHONY: install quickstart test test-fast test-slow format clean
+.PHONY: install quickstart test test-fast test-slow test-data format clean
 
 install: $(VENV)/installed
 
@@ -25,17 +28,19 @@ quickstart: install
 	$(BIN)/python sample.py --model=$(RUN)/model --num_latents=8 --max_new_tokens=80 --top_k=40 \
 	  --prompt="Return a list of the names"
 
-test: $(VENV)/installed-for-tests
+test: $(VENV)/installed-for-tests $(TEST_DATA)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist=loadfile
 
-test-fast: $(VENV)/installed-for-tests
+test-fast: $(VENV)/installed-for-tests $(TEST_DATA)
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist=loadfile $(FAST)
 
-test-slow: $(VENV)/installed-for-tests
+test-slow: $(VENV)/installed-for-tests $(TEST_DATA)
 	$(BIN)/python -m pytest -m slow
+
+test-data: $(TEST_DATA)
 
 format: $(VENV)/installed-for-tests
 	$(BIN)/ruff format .
@@ -58,3 +63,6 @@ $(VENV)/installed-for-tests: $(VENV)/installed requirements-parity.txt requireme
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation \
 	  --ignore-requires-python -r requirements-parity-nodeps.txt
 	touch $@
+
+$(TEST_DATA): | $(VENV)/installed-for-tests
+	$(BIN)/python tools/make_test_data.py --output=$@

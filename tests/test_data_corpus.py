@@ -1,4 +1,6 @@
+import importlib.util
 import json
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -6,6 +8,7 @@ import pytest
 
 from perceiver_ar_jax.data.prepare import corpus
 from perceiver_ar_jax.data.prepare.tfds_writer import Document, write_dataset
+from perceiver_ar_jax.tokenizers import XLNetTokenizer, load_tokenizer
 
 PROSE = (
     "This is the first paragraph of a text that is long enough to be kept, and it reads as "
@@ -70,6 +73,23 @@ def test_the_corpus_is_deterministic_and_prepared_once(monkeypatch, tmp_path):
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
     monkeypatch.delattr(corpus, "documentation")
     assert corpus.prepare_corpus(tmp_path / "a") == first
+
+
+def test_the_data_for_tests_can_be_made_without_the_hub(monkeypatch, tmp_path):
+    path = Path(__file__).resolve().parent.parent / "tools" / "make_test_data.py"
+    spec = importlib.util.spec_from_file_location("make_test_data", path)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    monkeypatch.setattr(tool, "documentation", lambda: strings_of("email"))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    tool.make_test_data(tmp_path / "data")
+    pages = (tmp_path / "data" / "c4" / "pages.jsonl").read_text().splitlines()
+    assert len(pages) > 10
+    assert (tmp_path / "data" / "books" / "documentation.txt").stat().st_size > 10_000
+    tokenizer = load_tokenizer(tmp_path / "data" / "xlnet")
+    assert isinstance(tokenizer, XLNetTokenizer)
+    text = "The parser is a thing - it reads (and checks) a message."
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_tfds_reads_what_was_written_with_c4s_features(tmp_path):

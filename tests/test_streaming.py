@@ -130,7 +130,9 @@ def test_broken_characters_come_out_once_it_is_certain_that_they_are():
     assert stream.flush() == "\ufffd"
 
 
-def test_words_come_out_at_once_and_blanks_wait_for_what_follows(xlnet_tokenizer, xlnet_id):
+def test_words_come_out_at_once_and_blanks_wait_for_what_follows(
+    xlnet_tokenizer, xlnet_id, xlnet_model
+):
     stream = TextStream(xlnet_tokenizer)
     pieces = ["▁The", "▁dog", "▁", ".", "▁do", "▁", "n", "'", "t", "▁", "n", "ice", "▁"]
     parts = [stream.push(xlnet_id(piece)) for piece in pieces]

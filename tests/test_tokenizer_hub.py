@@ -38,7 +38,8 @@ def test_xlnets_model_is_taken_from_among_the_hubs_files(cache, shared_data, tmp
     (tmp_path / "tokenizer.json").write_text("{}")
     spiece = shared_data / "xlnet" / "spiece.model"
     write_hub_cache(cache, "xlnet-base-cased", [spiece, tmp_path / "tokenizer.json"])
-    assert load_tokenizer("xlnet-base-cased", vocab_size=32000).encode("café") == [10925]
+    tokenizer = load_tokenizer("xlnet-base-cased", vocab_size=32000)
+    assert tokenizer.encode("café") == tokenizer.encode("cafe")  # as no plain SentencePiece has it
 
 
 def test_of_another_models_files_the_one_with_hugging_faces_ids_is_taken(cache, model, tmp_path):

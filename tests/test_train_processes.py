@@ -42,10 +42,9 @@ NARROW = {
 
 
 @pytest.fixture(scope="module")
-def flags(shared_data, tmp_path_factory) -> list[str]:
+def flags(shared_data, c4_pages, tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("c4")
-    lines = (shared_data / "c4/c4-realnewslike-pf.jsonl").read_text().splitlines()[:120]
-    (folder / "some.jsonl").write_text("\n".join(lines))
+    (folder / "some.jsonl").write_text("\n".join(c4_pages[:120]))
     # Half of it is for evaluation: more batches than may be in flight over several processes.
     command = ["tools/make_c4_fixture.py", folder / "some.jsonl", "--output", folder]
     command += ["--validation_every=2"]

@@ -37,9 +37,8 @@ def tokenizer(model_file):
 
 
 @pytest.fixture(scope="module")
-def documents(shared_data):
-    files = sorted((shared_data / "c4").glob("*.jsonl"))
-    return [json.loads(line)["text"] for file in files for line in file.read_bytes().splitlines()]
+def documents(c4_pages):
+    return [json.loads(line)["text"] for line in c4_pages]
 
 
 @pytest.fixture(scope="module")
@@ -73,28 +72,28 @@ def assert_same_as_reference(tokenizer, reference, texts):
         assert tokenizer.decode(ids) == decode(ids), repr(text[:200])
 
 
-def test_golden_cases_give_the_recorded_ids_and_texts(tokenizer, shared_data):
-    cases = json.loads((shared_data / "xlnet" / "golden.json").read_text())["cases"]
-    assert len(cases) > 30
-    for case in cases:
+def test_golden_cases_give_the_recorded_ids_and_texts(tokenizer, xlnet_golden):
+    assert len(xlnet_golden) > 30
+    for case in xlnet_golden:
         assert tokenizer.encode(case["text"]) == case["ids"], case["text"]
         assert tokenizer.decode(case["ids"]) == case["decoded"], case["text"]
 
 
-def test_golden_cases_hold_for_the_live_reference_too(reference, shared_data):
-    cases = json.loads((shared_data / "xlnet" / "golden.json").read_text())["cases"]
+def test_golden_cases_hold_for_the_live_reference_too(reference, xlnet_golden):
     encode, decode = reference
-    assert encode([case["text"] for case in cases]) == [case["ids"] for case in cases]
-    assert [decode(case["ids"]) for case in cases] == [case["decoded"] for case in cases]
+    texts = [case["text"] for case in xlnet_golden]
+    assert encode(texts) == [case["ids"] for case in xlnet_golden]
+    assert [decode(case["ids"]) for case in xlnet_golden] == [c["decoded"] for c in xlnet_golden]
 
 
 def test_every_c4_document_has_the_reference_ids_and_text(tokenizer, reference, documents):
-    assert len(documents) == 1510
+    assert len(documents) >= 1500
     assert_same_as_reference(tokenizer, reference, documents)
 
 
-def test_every_c4_document_has_the_recorded_ids_and_text(tokenizer, documents):
+def test_every_c4_document_has_the_recorded_ids_and_text(tokenizer, documents, xlnet_golden):
     """For places without transformers: the digest of version 4.38.2's ids and decoded texts."""
+    assert len(documents) == 1510
     ids = tokenizer.encode_batch(documents)
     results = json.dumps([ids, [tokenizer.decode(row) for row in ids]])
     assert hashlib.sha256(results.encode()).hexdigest() == C4_DIGEST, (
@@ -103,7 +102,7 @@ def test_every_c4_document_has_the_recorded_ids_and_text(tokenizer, documents):
 
 
 def test_a_whole_book_has_the_reference_ids_and_text(tokenizer, reference, shared_data):
-    book = (shared_data / "books" / "9198-complete-angler.txt").read_text()
+    book = max((shared_data / "books").iterdir()).read_text()  # the last by name
     assert_same_as_reference(tokenizer, reference, [book])
 
 
@@ -116,6 +115,7 @@ def test_any_text_has_the_reference_ids_and_text(tokenizer, reference, texts):
 @settings(deadline=None, max_examples=300)
 @given(ids=st.lists(st.integers(0, 31999) | st.integers(0, 30)))
 def test_any_ids_have_the_reference_text(tokenizer, reference, ids):
+    ids = [i % tokenizer.vocab_size for i in ids]
     assert tokenizer.decode(ids) == reference[1](ids)
 
 
@@ -134,7 +134,7 @@ def test_every_character_that_unicode_changes_has_the_reference_ids(tokenizer, r
     assert_same_as_reference(tokenizer, reference, texts)
 
 
-def test_the_ids_that_training_and_padding_need(tokenizer):
+def test_the_ids_that_training_and_padding_need(tokenizer, xlnet_model):
     assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id) == (32000, 2, 5)
     assert tokenizer.sha256.startswith("1f8c1c0b")
 
@@ -147,7 +147,7 @@ def test_text_from_strangers_yields_no_special_ids(model_file):
     assert tokenizer.encode("plain text") == XLNetTokenizer(model_file).encode("plain text")
 
 
-def test_special_pieces_are_cut_out_of_trusted_text(tokenizer):
+def test_special_pieces_are_cut_out_of_trusted_text(tokenizer, xlnet_model):
     assert tokenizer.encode("a</s>") == [24, 2]
     assert tokenizer.encode("a  <mask>") == [24, 6]
     assert tokenizer.encode("a  <sep>") == [24, 17, 4]
@@ -178,8 +178,8 @@ def test_saved_model_is_the_same_file(tokenizer, model_file, tmp_path):
 
 
 def test_ids_outside_the_vocabulary_are_refused_with_their_place(tokenizer):
-    with pytest.raises(ValueError, match="32000 at position 1"):
-        tokenizer.decode([17, 32000])
+    with pytest.raises(ValueError, match=f"{tokenizer.vocab_size} at position 1"):
+        tokenizer.decode([17, tokenizer.vocab_size])
     with pytest.raises(ValueError, match="-1 at position 0"):
         tokenizer.decode([-1])
 
