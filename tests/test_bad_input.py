@@ -65,14 +65,14 @@ def first_batch(path: Path, **settings):
 # Data
 
 
-@answer("no data at {here}/nowhere: neither a folder nor a file, nor does a glob match")
+@answer("no data at {here}/nowhere: it is not a folder or a file, and no glob that matches")
 def data_directory_missing(here):
     first_batch(here / "nowhere")
 
 
 @answer(
-    "{here}/a/c4 is no prepared TFDS directory (.../c4/en/3.0.1), docs/data.md says how to make "
-    "one: no dataset_info.json; did you mean {here}/a/c4/en/3.0.1?"
+    "{here}/a/c4 is not a prepared TFDS directory (.../c4/en/3.0.1) and holds no .jsonl or .txt "
+    "files: no dataset_info.json there; did you mean {here}/a/c4/en/3.0.1?"
 )
 def data_directory_a_level_too_high(here):
     first_batch(here / "a" / "c4")
@@ -100,7 +100,7 @@ def array_record_empty(here):
 
 
 @answer(
-    "{here}/a/c4/en/3.0.1/c4-train.array_record-00001-of-00002 (1,000 bytes) is no intact "
+    "{here}/a/c4/en/3.0.1/c4-train.array_record-00001-of-00002 (1,000 bytes) is a damaged "
     "ArrayRecord file: no records, truncated or empty"
 )
 def array_record_truncated(here):
@@ -109,7 +109,7 @@ def array_record_truncated(here):
 
 
 @answer(
-    "{here}/t/c4/en/3.0.1/c4-train.tfrecord-00001-of-00002 (200 bytes) is no intact TFRecord file: "
+    "{here}/t/c4/en/3.0.1/c4-train.tfrecord-00001-of-00002 (200 bytes) is a damaged TFRecord file: "
     "cut off after byte 154"
 )
 def tfrecord_truncated(here):

@@ -143,8 +143,10 @@ def test_what_a_run_writes_beside_its_checkpoints_may_lie_in_a_bucket(bucket):
     workdir = epath.Path("gs://bucket/run")
     tokenizer = ByteTokenizer()
     with claimed(workdir):
-        assert describe(workdir, PerceiverARConfig(), tokenizer, {"steps": 1}) == []
-        assert describe(workdir, PerceiverARConfig(), tokenizer, {"steps": 2}) == ["steps: 1 -> 2"]
+        run = {"steps": 1, "data": {"respect_documents": False}}
+        assert describe(workdir, PerceiverARConfig(), tokenizer, run) == []
+        run |= {"steps": 2}
+        assert describe(workdir, PerceiverARConfig(), tokenizer, run) == ["steps: 1 -> 2"]
     for step in (1, 2):  # two starts of one run
         writer = MetricsWriter(workdir)
         writer.write(step, {"train/loss": 2.5})

@@ -330,6 +330,13 @@ def test_files_can_be_sliced_into_training_and_validation(tmp_path):
     assert texts_of(open_source(pattern, "train[10%:35%]")) == everything[2:7]
 
 
+def test_a_folder_of_texts_is_read_like_its_files(tmp_path):
+    for name, text in (("b.txt", "second"), ("a.txt", "first"), ("notes.md", "left out")):
+        (tmp_path / name).write_text(text)
+    assert texts_of(open_source(str(tmp_path), "train")) == ["first", "second"]
+    assert texts_of(open_source(f"{tmp_path}/", "train")) == ["first", "second"]
+
+
 def test_validation_of_files_is_their_last_two_percent(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text("".join(json.dumps({"text": str(i)}) + "\n" for i in range(200)))

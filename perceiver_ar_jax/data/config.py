@@ -3,11 +3,12 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Says which text is read and how it is cut into batches; frozen and validated.
+    """Which text is read, and how it is cut into batches; frozen and validated.
 
     `source` is a prepared TFDS directory (`.../c4/en/3.0.1`), a dataset's name (`c4/en:3.0.1`,
-    looked up in $TFDS_DATA_DIR, otherwise in ~/tensorflow_datasets), or a file or glob of `.jsonl`
-    (documents under the key "text") or plain text (each file one document, read in pieces).
+    looked up in $TFDS_DATA_DIR, otherwise in ~/tensorflow_datasets), or a file, a folder or a glob
+    of `.jsonl` (documents under the key "text") or plain text (one document per file, read in
+    pieces).
     `split` may be a slice, `train[:1%]`. Of files `train` is everything and `validation` the last
     2 %.
 
@@ -22,9 +23,9 @@ class DataConfig:
     batch_size: int = 8  # rows of this process
     seed: int = 0
     shuffle: bool = True
-    repeat: bool = True  # over and over, each time in another order
-    num_workers: int = 0  # processes that read and tokenise; 0: this one does
-    eval_split: str = ""  # of files: `train` leaves out what an evaluation on this split reads
+    repeat: bool = True  # endless epochs, each in another order
+    num_workers: int = 0  # processes that read and tokenise; 0 reads in this one
+    eval_split: str = ""  # for files: `train` leaves out what an evaluation on it reads
     respect_documents: bool = False  # batches say which document a token belongs to
 
     def __post_init__(self):

@@ -9,7 +9,7 @@ _BLOCK = 1024
 
 
 def crc32c(data: bytes) -> int:
-    """The checksum of `data`; 5 µs a kilobyte."""
+    """The checksum of `data`; takes 5 µs per kilobyte."""
     table = _table()
     state = 0xFFFFFFFF
     values = np.frombuffer(data, np.uint8)

@@ -1,4 +1,4 @@
-"""What the pipeline reads: documents of tokens, whatever they were made from."""
+"""What the pipeline reads: documents of tokens, of any modality."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
@@ -11,8 +11,8 @@ class TokenDocument(NamedTuple):
 
     tokens: np.ndarray  # (T,) int32; the closing eos included where the document ends
     ends_document: bool
-    num_bytes: int  # of what the tokens stand for, in the unit of bits per byte
-    oddities: tuple[str, ...] = ()  # what was wrong with it, among the source's `oddities`
+    num_bytes: int  # of the original data, for bits per byte
+    oddities: tuple[str, ...] = ()  # what is wrong with it, among the source's `oddities`
 
 
 class DocumentSource(Protocol):
@@ -24,7 +24,7 @@ class DocumentSource(Protocol):
 
     eos_id: int  # closes a document; evaluation also begins with it
     pad_id: int
-    oddities: tuple[str, ...]  # all that can be wrong with a document, as the loader counts it
+    oddities: tuple[str, ...]  # everything that can be wrong with a document; the loader counts it
     fingerprint: Mapping[str, Any]  # what determines the documents; plain JSON types
 
     def __len__(self) -> int: ...

@@ -1,4 +1,4 @@
-"""A split as overlapping windows in which every token is predicted once, with long context."""
+"""A split as overlapping windows: every token is predicted once, with long context."""
 
 from collections.abc import Iterator
 
@@ -11,16 +11,16 @@ from perceiver_ar_jax.tokenizers import Tokenizer
 
 
 class EvaluationBatches:
-    """One pass over a split, as often as it is iterated over; made by `evaluation_batches`.
+    """One pass over a split each time it is iterated over; made by `evaluation_batches`.
 
     Batches are those of the loader, and `weights` (B, S) float32: 1 at the positions whose
     target counts. Every process has `len` batches.
 
     Attributes:
-      num_tokens: the targets that count, over all processes: every token of the text, and the
-        eos of each document.
+      num_tokens: targets with weight 1, over all processes: every token of the text, and the eos of
+        each document.
       num_bytes: the UTF-8 bytes of the text; nats / log(2) / num_bytes are bits per byte.
-      oddities: how many documents have each of the source's oddities.
+      oddities: documents counted by what is wrong with them.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class EvaluationBatches:
         return -(-self.num_tokens // self._num_latents)
 
     def _read(self, documents: DocumentSource) -> tuple[np.ndarray, np.ndarray]:
-        """All tokens after one eos, so that the first is predicted too, as in training."""
+        """All tokens, after one eos so that the first is predicted too, as in training."""
         parts = [np.array([documents.eos_id], np.int32)]
         starts = [0, 1]
         length = 1
@@ -73,10 +73,10 @@ class EvaluationBatches:
         return np.concatenate(parts), np.array(starts)
 
     def _window(self, number: int) -> dict[str, np.ndarray]:
-        """The latents of window n stand for the targets from n * num_latents on.
+        """Window n predicts `num_latents` targets starting at n * num_latents.
 
-        The last window ends with the stream, and only what is new in it counts; a window after
-        that is all pads.
+        The last window ends with the stream, and only its new targets have weight. Windows past the
+        end are all pads.
         """
         size = self._config.max_seq_len
         tokens = np.full(size, self._pad_id, np.int32)
@@ -109,12 +109,13 @@ def evaluation_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> EvaluationBatches:
-    """Reads and tokenises the whole split once, and cuts it into batches in its own order.
+    """Reads and tokenises the whole split once, and cuts it into batches without shuffling.
 
     The documents, joined with eos, are one stream. Windows of `max_seq_len` tokens advance by
     `num_latents`, so that each token is predicted once, by a latent, with at least
-    max_seq_len - num_latents tokens before it (as far as there are). The last batch is filled up
-    with rows of pads. Tokens are held in memory, 4 bytes each: take a slice of a large split.
+    max_seq_len - num_latents tokens before it (except at the beginning of the stream). The last
+    batch is filled with rows of pads. Tokens are held in memory, 4 bytes each: use a slice of a
+    large split.
 
     Raises:
       ValueError: the data is missing or without text, or num_latents is out of range.

@@ -16,17 +16,16 @@ from perceiver_ar_jax.tokenizers import Tokenizer
 
 
 class Loader:
-    """Iterates over the batches of one process; its state is small JSON and exact at any cut.
+    """Iterates over the batches of one process; its state is small JSON, exact after any batch.
 
     Batches are dicts of `tokens`, `targets` (the next token at each position) (B, S) int32 and
     `pad_mask` (B, S) bool, True at pads; with `respect_documents` also `segment_ids` (B, S) int32,
-    0 at pads. S is `max_seq_len`, B `batch_size`; process p has the rows from p * B on of the
-    global batch, which is the same for any number of processes and workers.
+    0 at pads. S is `max_seq_len`, B `batch_size`; process p has rows p * B to (p + 1) * B - 1 of
+    the global batch, which is the same for any number of processes and workers.
 
     Attributes:
       fingerprint: what determines the stream of batches: documents, lengths, seed.
-      oddities: how many documents were read with each of the source's oddities since the loader was
-        made.
+      oddities: documents read since the loader was made, counted by what was wrong with them.
     """
 
     def __init__(
@@ -81,11 +80,11 @@ class Loader:
         }
 
     def set_state(self, state: dict, *, allow_other_data: bool = False) -> None:
-        """Goes on from a state of this process, or a merged one that covers its rows.
+        """Continues from a state of this process, or from a merged one that covers its rows.
 
         Raises:
           ValueError: the state does not fit, or belongs to other data or another tokenizer;
-            `allow_other_data` lets the latter pass.
+            `allow_other_data` permits the latter.
         """
         differences = differing_entries(state["fingerprint"], self.fingerprint)
         if differences and not allow_other_data:
@@ -103,7 +102,7 @@ class Loader:
         self._positions = np.array(rows, np.int64)
 
     def close(self) -> None:
-        """Ends the worker processes; the next batch starts new ones."""
+        """Stops the worker processes; the next batch starts new ones."""
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = self._part = None
@@ -125,9 +124,9 @@ class Loader:
         num_workers = min(config.num_workers, config.batch_size)
         if not num_workers:
             return windows
-        if not flags.FLAGS.is_parsed():  # Grain reads its flags, also outside of absl's app.run
+        if not flags.FLAGS.is_parsed():  # Grain reads its flags even without absl's app.run
             flags.FLAGS.mark_as_parsed()
-        # Through pipes: blocks of shared memory stay behind when a run is killed.
+        # Use pipes: blocks of shared memory would leak when a run is killed.
         options = grain.experimental.DatasetOptions(min_shm_size=1 << 62)
         windows = grain.experimental.WithOptionsIterDataset(windows, options)
         return windows.mp_prefetch(
@@ -161,20 +160,21 @@ def make_loader(
 ) -> Loader:
     """Opens the text and returns the training batches of one process.
 
-    A pass that does not repeat ends, after rows of pads, when the streams of this process do.
+    Without `repeat`, iteration ends when all streams of this process have ended; the rows of those
+    that end earlier are pads.
 
     Raises:
-      ValueError: the data is missing or unreadable; one line that says what is there.
+      ValueError: the data is missing or unreadable; the message says what was found.
     """
     documents = open_text_documents(config, tokenizer)
     return Loader(config, documents, process_index=process_index, process_count=process_count)
 
 
 def merge_states(states: Sequence[dict]) -> dict:
-    """One state from those of all processes at one step, for any number of processes.
+    """Merges the states of all processes at one step into one for any number of processes.
 
     Raises:
-      ValueError: they are of different steps or data, or rows are missing.
+      ValueError: the states belong to different steps or data, or rows are missing.
     """
     states = sorted(states, key=lambda state: state["first_row"])
     merged = {**states[0], "positions": []}
@@ -200,9 +200,9 @@ def differing_entries(old: dict, new: dict) -> list[str]:
 
 
 def _start_worker(worker_index: int, worker_count: int) -> None:
-    """A worker leaves signals to the run, and ends with it, also when that is killed."""
+    """Leaves signals to the main process, and exits with it, even if it is killed."""
     del worker_index, worker_count
-    for number in (signal.SIGINT, signal.SIGTERM):  # both reach a whole process group
+    for number in (signal.SIGINT, signal.SIGTERM):  # both are sent to the whole process group
         signal.signal(number, signal.SIG_IGN)
 
     def wait():

@@ -20,7 +20,7 @@ class ArrayRecordFile:
     """One ArrayRecord shard.
 
     Raises:
-      ValueError: the file is no intact ArrayRecord file.
+      ValueError: the file is damaged.
     """
 
     def __init__(self, path: str):
@@ -32,14 +32,14 @@ class ArrayRecordFile:
             self._num_records = self._reader.num_records()
         except (RuntimeError, ValueError) as error:
             raise ValueError(_damaged(path, "ArrayRecord", error)) from error
-        if not self._num_records:  # what the reader finds where the end of the file is missing
+        if not self._num_records:  # what the reader says if the end of the file is missing
             raise ValueError(_damaged(path, "ArrayRecord", "no records, truncated or empty"))
 
     def __len__(self) -> int:
         return self._num_records
 
     def read(self, i: int) -> bytes:
-        """Record `i`; by a range, as a list of indices costs time for every record there is."""
+        """Record `i`. Reads a range: a list of indices takes time linear in the file's records."""
         try:
             return self._reader.read(i, i + 1)[0]
         except (RuntimeError, IndexError) as error:
@@ -47,7 +47,7 @@ class ArrayRecordFile:
 
 
 class _RangesFile:
-    """Record i is the bytes from `offsets[i]` to `offsets[i + 1]`; open as long as it is used."""
+    """Record i is the bytes from `offsets[i]` to `offsets[i + 1]`; the file stays open."""
 
     def __init__(self, path: str):
         self._path = path
@@ -78,7 +78,7 @@ class LineFile(_RangesFile):
 class PieceFile(_RangesFile):
     """A plain text in pieces that end where a paragraph or a line does.
 
-    They have at most 16 KiB; of a small file there are about 64, but none is cut below 1 KiB.
+    Pieces have at most 16 KiB; a small file is cut into about 64 pieces of at least 1 KiB.
     """
 
     def _find_offsets(self) -> np.ndarray:
@@ -87,10 +87,10 @@ class PieceFile(_RangesFile):
 
 
 class TFRecordFile(_RangesFile):
-    """One TFRecord shard: `length, crc(length), data, crc(data)` over and over.
+    """One TFRecord shard: `length, crc(length), data, crc(data)` for each record.
 
-    The first use of a file walks it once for the records' places and keeps them in a cache
-    folder (PERCEIVER_AR_CACHE, default ~/.cache/perceiver_ar_jax).
+    The first use of a file scans it for the records' offsets and stores them in a cache folder
+    (PERCEIVER_AR_CACHE, default ~/.cache/perceiver_ar_jax).
 
     Raises:
       ValueError: the file is cut off or a checksum is wrong; says where.
@@ -105,7 +105,7 @@ class TFRecordFile(_RangesFile):
 
 
 def tfrecords(path: str) -> Iterator[bytes]:
-    """The records of a TFRecord file one after the other, checksums verified, without an index."""
+    """The records of a TFRecord file in order, checksums verified, without an index."""
     size = epath.Path(path).stat().length
     with epath.Path(path).open("rb") as file:
         for start, end in itertools.pairwise(_record_ends(path, size)):
@@ -133,7 +133,7 @@ def _piece_ends(file, piece_bytes: int):
 
 
 def _good_length(piece: bytes) -> int:
-    """Up to its last empty line, else its last line, else its last whole character."""
+    """Up to the last empty line, otherwise the last line end, otherwise the last character."""
     for end in (b"\n\n", b"\n"):
         place = piece.rfind(end, len(piece) // 2)
         if place >= 0:
@@ -154,12 +154,12 @@ def _cached_offsets(path: str) -> np.ndarray:
         cached.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as file:
             np.save(file, offsets)
-        os.replace(file.name, cached)  # whole or not at all: other processes read it
+        os.replace(file.name, cached)  # atomic: other processes read it
     return np.load(cached, mmap_mode="r")
 
 
 def _record_ends(path: str, size: int):
-    """Lengths are not checked against their checksums: a wrong one makes the data's wrong."""
+    """Checksums of lengths are not verified: with a wrong length that of the data fails."""
     position = 0
     yield position
     with epath.Path(path).open("rb") as file:
@@ -182,4 +182,4 @@ def _unframed(path: str, start: int, framed: bytes) -> bytes:
 def _damaged(path: str, kind: str, reason) -> str:
     reason = str(reason).strip().splitlines()[0] if str(reason).strip() else "truncated or empty"
     size = epath.Path(path).stat().length if epath.Path(path).exists() else 0
-    return f"{path} ({size:,} bytes) is no intact {kind} file: {reason}"
+    return f"{path} ({size:,} bytes) is a damaged {kind} file: {reason}"

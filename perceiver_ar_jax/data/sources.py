@@ -18,7 +18,7 @@ from perceiver_ar_jax.data.tf_example import bytes_feature
 
 
 class Text(NamedTuple):
-    """A document, or a piece of one, as it was read."""
+    """A document, or a piece of one, as read from a file."""
 
     text: str
     ends_document: bool = True
@@ -28,7 +28,7 @@ class Text(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """The part `[first, first + count)` of a file that should have `num_records`."""
+    """Records `[first, first + count)` of a file that is expected to hold `num_records`."""
 
     path: str
     first: int
@@ -37,7 +37,7 @@ class Shard(NamedTuple):
 
 
 class TextSource:
-    """`len(source)` texts, `source[i]` reads one; pickles without its open files."""
+    """Random access to texts: `source[i]` reads one. Pickles without its open files."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ def open_source(source: str, split: str) -> TextSource:
     """Opens what `DataConfig.source` and `DataConfig.split` name.
 
     Raises:
-      ValueError: nothing readable is there; one line that says what is.
+      ValueError: nothing readable is there; the message says what was found.
     """
     found = _locate(source)
     if isinstance(found, epath.Path):
@@ -105,10 +105,10 @@ def open_source(source: str, split: str) -> TextSource:
 
 
 def training_split(source: str, train_split: str, eval_split: str) -> str:
-    """The split to train on: of files, `train` without what an evaluation takes of `validation`.
+    """The split to train on: of files, `train` without what an evaluation reads as `validation`.
 
     Raises:
-      ValueError: nothing readable is there; one line that says what is.
+      ValueError: nothing readable is there; the message says what was found.
     """
     if isinstance(_locate(source), epath.Path):
         return train_split
@@ -116,23 +116,29 @@ def training_split(source: str, train_split: str, eval_split: str) -> str:
 
 
 def _locate(source: str) -> epath.Path | list[str]:
-    """The TFDS directory, or the files, that `source` names."""
+    """The prepared TFDS directory, or the files, that `source` names."""
     source = os.path.expanduser(source)
     path = epath.Path(source)
     if path.is_dir():
-        return path
+        is_prepared = (path / INFO_FILE).exists()
+        texts = () if is_prepared else (str(file) for file in path.iterdir() if _is_text(file))
+        return sorted(texts) or path
     paths = [str(path)] if path.exists() else _matching(source)
     if paths:
         return paths
     if is_dataset_name(source):
         return find_prepared(source)
-    raise ValueError(f"no data at {source}: neither a folder nor a file, nor does a glob match")
+    raise ValueError(f"no data at {source}: it is not a folder or a file, and no glob that matches")
+
+
+def _is_text(file: epath.Path) -> bool:
+    return file.suffix in (".jsonl", ".txt")
 
 
 def _matching(pattern: str) -> list[str]:
     if "://" not in pattern:
         return sorted(glob.glob(pattern, recursive=True))
-    *bucket, inside = pattern.split("/", 3)  # gs: and nothing, the bucket's name, what is in it
+    *bucket, inside = pattern.split("/", 3)  # gs:, nothing, the bucket's name, what is in it
     return sorted(map(str, epath.Path("/".join(bucket)).glob(inside)))
 
 
@@ -142,10 +148,10 @@ def _open_tfds(path: epath.Path, split: str) -> TextSource:
         inner = [str(info.parent) for level in below for info in level][:3]
         hint = f"; did you mean {' or '.join(inner)}?" if inner else ""
         raise ValueError(
-            f"{path} is no prepared TFDS directory (.../c4/en/3.0.1), docs/data.md says how to "
-            f"make one: no {INFO_FILE}{hint}"
+            f"{path} is not a prepared TFDS directory (.../c4/en/3.0.1) and holds no .jsonl or "
+            f".txt files: no {INFO_FILE} there{hint}"
         )
-    import tensorflow_datasets as tfds  # half a second
+    import tensorflow_datasets as tfds  # takes half a second
 
     builder = tfds.builder_from_directory(path)
     readers = {
@@ -216,7 +222,7 @@ def _names_and_sizes(paths: list[str]) -> list[tuple[str, int]]:
     def size(path: str) -> int | None:
         return epath.Path(path).stat().length if epath.Path(path).exists() else None
 
-    with futures.ThreadPoolExecutor(32) as pool:  # a shard may be a web request away
+    with futures.ThreadPoolExecutor(32) as pool:  # a stat may be a web request
         sizes = list(pool.map(size, paths))
     missing = [path for path, size in zip(paths, sizes, strict=True) if not size]
     if missing:
@@ -227,7 +233,7 @@ def _names_and_sizes(paths: list[str]) -> list[tuple[str, int]]:
 
 
 def _allow_open_files(count: int) -> None:
-    """Every shard stays open; the usual limit of 1,024 files is less than C4's shards need."""
+    """Every shard stays open, and C4 has as many as the usual limit of open files, 1,024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < count + 512 <= hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (count + 512, hard))

@@ -49,7 +49,7 @@ def open_text_documents(config: DataConfig, tokenizer: Tokenizer) -> TextDocumen
     """Opens the text that `config.source` and `config.split` name.
 
     Raises:
-      ValueError: it is missing, unreadable or empty; one line that says what is there.
+      ValueError: it is missing, unreadable or empty; the message says what was found.
     """
     split = training_split(config.source, config.split, config.eval_split)
     source = open_source(config.source, split)
@@ -59,7 +59,7 @@ def open_text_documents(config: DataConfig, tokenizer: Tokenizer) -> TextDocumen
 
 
 def tokenize(text: Text, tokenizer: Tokenizer) -> TokenDocument:
-    """Encodes a text, and eos where a document ends; an empty document has no tokens at all.
+    """Encodes a text, and eos where a document ends; an empty document has no tokens.
 
     The last piece of a document may be white space, of which some tokenizers make no token.
     """

@@ -16,7 +16,7 @@ def bytes_feature(example: bytes, name: str) -> bytes:
     """The first value of a bytes feature; empty if it has none.
 
     Raises:
-      ValueError: no such feature, or none of bytes, or no intact example.
+      ValueError: the feature is missing or does not hold bytes, or the example is damaged.
     """
     wanted = name.encode()
     for _, start, end in _fields(example, 0, len(example)):

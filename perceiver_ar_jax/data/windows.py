@@ -1,10 +1,10 @@
 """Documents joined with eos and cut into windows of uniformly drawn length, left-padded.
 
-The documents are dealt out to as many streams as the global batch has rows: stream v reads the
-documents v, v + V, v + 2V, ... of the shuffled, repeated order and gives row v of every batch.
-So a batch depends neither on the number of hosts nor on that of workers, each document is read
-by one stream once an epoch, and where a stream stands is two numbers: its document and how many
-tokens of it are used up.
+Documents are assigned round-robin to V streams, one per row of the global batch: stream v reads
+documents v, v + V, v + 2V, ... of the shuffled, repeated order and produces row v of every batch.
+So batches depend neither on the number of hosts nor on the number of workers, each document is read
+by one stream once per epoch, and the position of a stream is two numbers: its current document and
+how many tokens of it are consumed.
 """
 
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ import numpy as np
 
 from perceiver_ar_jax.data.documents import DocumentSource, TokenDocument
 
-MAX_EMPTY_IN_A_ROW = 1000  # so that text without any does not keep a run searching for ever
+MAX_EMPTY_IN_A_ROW = 1000  # more than that is an error, not an endless search for text
 
 
 class OrderedDocuments:
-    """The documents of a source by their place in the order of reading; each epoch has its own.
+    """The documents of a source in reading order; each epoch has its own order.
 
-    Only the order comes from Grain: its maps would add half of what the tokenizer takes.
+    Only the order comes from Grain: mapping with Grain would add half of the tokenizer's time.
     """
 
     def __init__(self, source: DocumentSource, *, seed: int, shuffle: bool, repeat: bool):
@@ -39,16 +39,16 @@ class OrderedDocuments:
 
 
 class WindowDataset(grain.IterDataset):
-    """Step after step one window for each of some streams, stacked.
+    """One element per step: a window from each of some streams, stacked.
 
-    Elements: `tokens` and `targets` (streams, max_seq_len) int32, `pad_mask` likewise, True at
-    pads, `segment_ids` (streams, max_seq_len) int32 if asked for: 0 at pads, then 1, 2, ... for
-    the documents of the window; and for the loader `step`, `rows` (which streams), `positions`
-    (where they stand afterwards) and `oddities` (how many documents had each).
+    Elements: `tokens` and `targets` (streams, max_seq_len) int32; `pad_mask` (streams, max_seq_len)
+    bool, True at pads; with `with_segment_ids`, `segment_ids` (streams, max_seq_len) int32: 0 at
+    pads, then 1, 2, ... for the documents of the window. For the loader also `step`, `rows` (which
+    streams), `positions` (of the streams after the step) and `oddities` (documents with each).
 
     Args:
-      streams: which of the `num_streams`.
-      positions: (document, used tokens) of each of them, to go on from.
+      streams: which of the `num_streams` to read.
+      positions: (document, consumed tokens) of each of them, to continue from.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class WindowDataset(grain.IterDataset):
 
 
 class WindowIterator(grain.DatasetIterator):
-    """Ends when every one of its streams has; until then an ended stream gives only pads."""
+    """Ends when all of its streams have ended; until then, an ended stream gives only pads."""
 
     def __init__(self, dataset: WindowDataset):
         super().__init__()
@@ -96,12 +96,12 @@ class WindowIterator(grain.DatasetIterator):
         self.set_state({"step": dataset.step, "positions": dataset.positions})
 
     def get_state(self) -> dict:
-        """The step to come and the position of each stream; plain JSON types."""
+        """The next step and the position of each stream; plain JSON types."""
         positions = [[stream.document, stream.used] for stream in self._streams]
         return {"step": self._step, "positions": positions}
 
     def set_state(self, state: dict) -> None:
-        """Goes on from where `get_state` was called."""
+        """Continues from where `get_state` was called."""
         dataset = self._dataset
         self._step = state["step"]
         self._streams = [
@@ -122,7 +122,7 @@ class WindowIterator(grain.DatasetIterator):
         for row, stream in enumerate(self._streams):
             parts = stream.take(lengths[stream.number] + 1, oddities)
             window = np.concatenate(parts) if parts else np.empty(0, np.int32)
-            if len(window) > 1:  # a last token by itself predicts nothing
+            if len(window) > 1:  # a single token has nothing to predict
                 start = dataset.max_seq_len + 1 - len(window)
                 tokens[row, start:] = window[:-1]
                 targets[row, start:] = window[1:]
@@ -151,7 +151,7 @@ def window_lengths(seed: int, step: int, num_streams: int, low: int, high: int) 
 
 
 class _Stream:
-    """Every `num_streams`-th document from `number` on, from a position in one of them."""
+    """Every `num_streams`-th document starting at `number`, from a position in one of them."""
 
     def __init__(self, documents, number: int, num_streams: int, document: int, used: int):
         self.number = number
@@ -162,7 +162,7 @@ class _Stream:
         self._tokens = None
 
     def take(self, count: int, oddities: np.ndarray) -> list[np.ndarray]:
-        """The next `count` tokens by document, fewer at the end; adds to `oddities`."""
+        """The next `count` tokens, one array per document; fewer at the end. Adds to `oddities`."""
         parts = []
         begin = self.document
         while count > 0:
@@ -184,6 +184,6 @@ class _Stream:
                 parts.append(part)
             self.used += len(part)
             count -= len(part)
-            if self.used >= len(self._tokens):  # beyond the end: the document became shorter
+            if self.used >= len(self._tokens):  # above: the document has become shorter
                 self.document, self.used, self._tokens = self.document + 1, 0, None
         return parts

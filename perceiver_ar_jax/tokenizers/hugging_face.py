@@ -24,11 +24,12 @@ class HFTokenizer(Tokenizer):
     """`tokenizer.json` through the `tokenizers` package: ids and texts as transformers gives them.
 
     `eos_id` and `pad_id` are the tokens that `special_tokens_map.json` or `tokenizer_config.json`
-    beside the file names, or else an added token with a usual name; without one `pad_id` is
+    next to the file names, otherwise an added token with a usual name; without one `pad_id` is
     `eos_id`. Decoded text is cleaned up unless `tokenizer_config.json` is missing or declines.
 
     Raises:
-      ValueError: the package or the path is missing, or the file is no tokenizer with an end token.
+      ValueError: the package or the path is missing, or the file is not a tokenizer or has no end
+        token.
     """
 
     def __init__(self, path: str | Path):
@@ -51,7 +52,7 @@ class HFTokenizer(Tokenizer):
                 "pip install 'perceiver-ar-jax[hub]'"
             ) from None
         except Exception as error:  # the package raises nothing more specific
-            raise ValueError(f"{path} is no tokenizer of Hugging Face's: {error}") from None
+            raise ValueError(f"{path} is not a Hugging Face tokenizer: {error}") from None
         self.vocab_size = self.model_vocab_size = 1 + max(vocabulary.values(), default=-1)
         added = {token["content"]: token["id"] for token in description.get("added_tokens") or ()}
         eos_id = _token_id(named.get("eos_token"), vocabulary, EOS_TOKENS, added)
@@ -87,7 +88,7 @@ class HFTokenizer(Tokenizer):
         return self._tokenizer.decode(ids_with_pieces(ids, self), skip_special_tokens=False)
 
     def save(self, folder: str | Path) -> Path:
-        """Writes the file, and those beside it, as they were read; returns the file's path."""
+        """Writes the file and those next to it as they were read; returns the file's path."""
         for name, data in self._files.items():
             (epath.Path(folder) / name).write_bytes(data)
         return epath.Path(folder) / HUGGING_FACE_FILE
@@ -122,12 +123,14 @@ def _parse_json(path: Path, data: bytes) -> dict:
     except (ValueError, RecursionError):
         parsed = None
     if not isinstance(parsed, dict):
-        raise ValueError(f"{path} ({len(data)} bytes) is no JSON object, it begins {data[:16]!r}")
+        raise ValueError(
+            f"{path} ({len(data)} bytes) is not a JSON object; it begins with {data[:16]!r}"
+        )
     return parsed
 
 
 def _token_id(named, vocabulary: dict, usual: tuple, added: dict) -> int | None:
-    """The id of the token named beside the file, else of the first usual one among the added."""
+    """The id of the token named next to the file, otherwise of the first usual added one."""
     if isinstance(named, dict):  # an AddedToken
         named = named.get("content")
     if isinstance(named, str) and named in vocabulary:

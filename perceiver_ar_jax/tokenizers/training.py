@@ -62,7 +62,7 @@ def train_sentencepiece(
 
 
 def _training_lines(texts: Iterable[str]) -> Iterable[str]:
-    """Lines without tabs and NULs: the trainer skips whatever holds one."""
+    """Lines without tabs and NULs: the trainer skips a line that holds one."""
     for text in texts:
         for line in valid_unicode(text).replace("\0", " ").replace("\t", "\n").split("\n"):
             if line and len(line.encode()) < _MAX_LINE_BYTES:

@@ -37,8 +37,8 @@ class XLNetTokenizer(SentencePieceTokenizer):
 
     Args:
       path: XLNet's `spiece.model`.
-      split_special_tokens: for text from strangers. `</s>` and its like are then spelled out like
-        any other text, and no text whatever yields the id of a special piece (but `<unk>`).
+      split_special_tokens: for untrusted text. `</s>` and other special pieces are then encoded as
+        ordinary text, so that no text yields the id of a special piece (except `<unk>`).
 
     Raises:
       ValueError: the path is missing or is not XLNet's model.

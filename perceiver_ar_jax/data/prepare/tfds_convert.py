@@ -1,4 +1,4 @@
-"""A prepared TFDS directory in another file format: the same records, framed otherwise."""
+"""Converts a prepared TFDS directory to another file format, record by record."""
 
 import functools
 import json
@@ -38,20 +38,20 @@ def convert(
     splits: Iterable[str] | None = None,
     num_processes: int = 1,
 ) -> list[str]:
-    """Rewrites every shard of some splits (None: of all), each whole or not at all.
+    """Rewrites every shard of some splits (None: of all); each appears complete or not at all.
 
-    Shards that are there already are left alone, so a broken run goes on when started again.
-    The metadata comes last.
+    Existing shards are kept, so an interrupted conversion continues when it is started again. The
+    metadata is written last.
 
     Returns:
-      The names of the shards written now.
+      The names of the shards that this call wrote.
 
     Raises:
-      ValueError: the source is not prepared or not in that format, or lacks a split.
+      ValueError: the source is not prepared, has another format, or lacks a split.
     """
     source, target = Path(source), Path(target)
     if not (source / "dataset_info.json").is_file():
-        raise ValueError(f"{source} is no prepared TFDS directory: no dataset_info.json")
+        raise ValueError(f"{source} is not a prepared TFDS directory: no dataset_info.json")
     info = json.loads((source / "dataset_info.json").read_text())
     old, new = formats
     if info["fileFormat"] != old:
@@ -90,7 +90,7 @@ def _convert_shard(read, write, source: str, target: str, num_records: int) -> N
 
 
 def _whole(path: str, records: Iterable[bytes], expected: int) -> Iterable[bytes]:
-    """The records; a file that was cut off between two of them is noticed at its end."""
+    """The records; raises at the end if the file was cut off between two of them."""
     count = 0
     for record in records:
         yield record
