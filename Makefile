@@ -8,10 +8,6 @@ RUN = runs/quickstart
 # The text and tokenizers that tests read: what is there already, otherwise made here.
 TEST_DATA = $(or $(PERCEIVER_AR_DATA),$(wildcard ../shared/data),runs/test-data)
 
-# First touches of fresh memory cost a fifth of a CPU training step; so glibc keeps what it has.
-MALLOC = MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 \
-         MALLOC_TOP_PAD_=268435456
-
 # Every part of the package once, for another Python or jax.
 FAST = $(addprefix tests/test_, architecture.py command_line.py conversion_files.py config.py \
   data_sources.py generation_policies.py losses.py mesh_context.py model_long_prefix.py \
@@ -23,7 +19,7 @@ install: $(VENV)/installed
 
 quickstart: install
 	$(BIN)/python tools/prepare_quickstart.py --data_dir=$(RUN)/data
-	$(MALLOC) $(BIN)/python train.py --config=configs/quickstart.py --workdir=$(RUN)/model
+	$(BIN)/python train.py --config=configs/quickstart.py --workdir=$(RUN)/model
 	$(BIN)/python tools/plot_run.py $(RUN)/model --output=$(RUN)/loss.svg
 	$(BIN)/python sample.py --model=$(RUN)/model --num_latents=8 --max_new_tokens=80 --top_k=40 \
 	  --prompt="Return a list of the names"

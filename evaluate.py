@@ -11,15 +11,14 @@ Exit codes: 0 done, 2 bad input, 4 no intact checkpoint, 130 interrupted.
 
 import argparse
 import json
-import sys
+
+from perceiver_ar_jax.command_line import run_script, start_script
 
 
 def main() -> int:
     """Prints the result; returns the exit code."""
     arguments = _parser().parse_args()
-    from perceiver_ar_jax.command_line import exit_code  # here, so that --help costs nothing
-
-    return exit_code("evaluate.py", lambda: _run(arguments))
+    return _run(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -89,4 +88,5 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start_script()
+    run_script("evaluate.py", main)

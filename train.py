@@ -1,47 +1,111 @@
-"""Trains a Perceiver AR: python train.py --config=configs/c4_base.py --workdir=DIR [--config.x=y].
+"""Trains a Perceiver AR; the same command again resumes.
 
-The same command again resumes. Exit codes: 0 done, 2 bad input, 3 loss or gradient not finite,
-4 no intact checkpoint, 143 preempted and saved.
+Example:
+  python train.py --config=configs/c4_base.py --config.batch_size=1024
+
+Flags:
+  --config=FILE     a Python file with get_config(), such as those in configs/; required
+  --config.x=VALUE  changes a setting
+  --workdir=DIR     where the run lives; default: runs/NAME for configs/NAME.py
+  --help_config     lists the settings of --config (default: of no file) with their meaning
+  --dry_run         checks everything, prints what would run and all settings, and stops
+  --help            prints this
+
+Exit codes: 0 done, 2 bad input, 3 loss or gradient not finite, 4 no intact checkpoint,
+130 interrupted and saved, 143 preempted and saved.
 """
 
-import difflib
 import sys
+
+from perceiver_ar_jax.command_line import BAD_INPUT, fail, run_script, start_script
+
+if __name__ == "__main__":
+    start_script()  # before the imports, which take a while
+
+import difflib
+import runpy
 from collections.abc import Iterator
 from logging import getLogger
+from pathlib import Path
+from typing import Any
 
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+ROOT = Path(__file__).resolve().parent
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config().")
-flags.mark_flag_as_required("config")
+DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Check, say what would run, and stop.")
+HELP_CONFIG = flags.DEFINE_boolean("help_config", False, "List the settings.")
 
 
-def main(argv: list[str]) -> int:
-    """Runs with the parsed flags; returns the exit code."""
-    logging.set_verbosity(logging.WARNING)  # Orbax tells every step it takes
-    # What goes wrong while Orbax reads or writes is told in one line; asyncio would add dozens.
-    getLogger("asyncio").setLevel("CRITICAL")
+def main() -> int:
+    """Runs with the flags of the command line; returns the exit code."""
+    if {"--help", "-h", "-help"} & set(sys.argv[1:]):
+        print(__doc__.strip())
+        return 0
+    argv = _parse(sys.argv)
     if len(argv) > 1:
         return _fail(f"unexpected argument {argv[1]!r}")
-    from perceiver_ar_jax import train_loop  # here, so that --help costs nothing
-    from perceiver_ar_jax.command_line import exit_code
+    if HELP_CONFIG.value:
+        from perceiver_ar_jax.run_config import default_config
+        from perceiver_ar_jax.settings_help import settings_help
 
-    return exit_code("train.py", lambda: train_loop.run(CONFIG.value, WORKDIR.value))
+        print(*settings_help(CONFIG.value or default_config()), sep="\n")
+        return 0
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every step it takes
+    # What goes wrong while Orbax reads or writes is said in one line; asyncio would add dozens.
+    getLogger("asyncio").setLevel("CRITICAL")
+    from perceiver_ar_jax import train_loop
+    from perceiver_ar_jax.run_config import RunConfig
+
+    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    run = RunConfig.from_config(CONFIG.value)
+    return train_loop.run(run, WORKDIR.value or f"runs/{name}", dry_run=DRY_RUN.value)
 
 
 def _parse(argv: list[str]) -> list[str]:
+    """Sets the flags; returns the program's name and what is not a flag."""
     try:
-        argv = flags.FLAGS(argv)
-        CONFIG.value.seed  # noqa: B018  a file that did not load says so only when it is used
+        argv = flags.FLAGS(_with_readable_config(argv))
+        if not HELP_CONFIG.value and CONFIG.value is None:
+            sys.exit(_fail("--config is required, such as --config=configs/c4_base.py"))
         return argv
     except (LookupError, AttributeError, TypeError, ValueError) as error:  # by ml_collections
         sys.exit(_fail(_unknown_setting(argv) or error))
     except flags.Error as error:
         sys.exit(_fail(error))
-    except OSError:
-        file = config_flags.get_config_filename(flags.FLAGS["config"])
-        sys.exit(_fail(f"cannot read the config file {file}"))
+
+
+def _with_readable_config(argv: list[str]) -> list[str]:
+    """The arguments, --config with the path where its file was found; a bad file ends the run."""
+    argv = list(argv)
+    for place, argument in enumerate(argv):
+        if argument in ("--config", "-config") and argv[place + 1 :]:
+            argv[place + 1] = _readable(argv[place + 1])
+        elif argument.startswith(("--config=", "-config=")):
+            argv[place] = f"--config={_readable(argument.partition('=')[2])}"
+    return argv
+
+
+def _readable(given: str) -> str:
+    """The path of a config file, which is tried out: as given, or below this script's folder."""
+    found = next((file for file in (Path(given), ROOT / given) if file.is_file()), None)
+    try:
+        if found is None:
+            raise FileNotFoundError("there is no such file")
+        _config_of(found)
+    except Exception as error:  # whatever the file does
+        reason = f"{type(error).__name__}: {error}"
+        sys.exit(_fail(f"cannot read the config file {given}: {reason}"))
+    return str(found)
+
+
+def _config_of(file: Path) -> Any:
+    found = runpy.run_path(str(file)).get("get_config")
+    if found is None:
+        raise ValueError("it does not define get_config()")
+    return found()
 
 
 def _unknown_setting(argv: list[str]) -> str | None:
@@ -65,10 +129,8 @@ def _names(config: ConfigDict, prefix: str) -> Iterator[str]:
 
 
 def _fail(error: object) -> int:
-    from perceiver_ar_jax.command_line import BAD_INPUT, fail
-
     return fail("train.py", error, BAD_INPUT)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    run_script("train.py", main)

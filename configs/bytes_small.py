@@ -6,6 +6,9 @@ Hardware:  one GPU or a few TPU chips
 Memory:    5.5 GiB a chip on 4 v5e, 24 windows on each, by tools/compile_ahead.py --quick
 Expected:  0.876 nats per byte (1.264 bits) on WikiText-103 is perceiver-io's published figure;
            not yet repeated here
+Prompts:   training never sees less than 4096 tokens of context (min_seq_len, as in the reference),
+           so short prompts come out badly; --config.data.min_seq_len=512, the number of latents,
+           costs nothing in evaluation and mends that (docs/training.md)
 """
 
 from perceiver_ar_jax.run_config import default_config

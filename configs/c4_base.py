@@ -1,21 +1,23 @@
 """The 455M model on C4: perceiver-io's run (krasserm/perceiver-ar-clm-base), to the letter.
 
-Command:   python train.py --config=configs/c4_base.py --workdir=gs://BUCKET/c4_base \\
-             --config.data.source=gs://BUCKET/tensorflow_datasets/c4/en/3.0.1 \\
-             --config.data.tokenizer=spiece.model      (XLNet's; on every host of the pod)
-Hardware:  256 TPU chips; with other numbers that 16 divides nothing changes here. Else give the
-           mesh, for a box of 8 GPUs: --config.mesh.data=1 --config.mesh.fsdp=8
-             --config.microbatches=4
+Command:   python train.py --config=configs/c4_base.py --workdir=gs://BUCKET/c4_base
+             with C4 where TFDS puts it ($TFDS_DATA_DIR, otherwise ~/tensorflow_datasets) and the
+             [hub] extra for XLNet's tokenizer; otherwise name a directory and a file:
+             --config.data.source=gs://BUCKET/tensorflow_datasets/c4/en/3.0.1
+             --config.data.tokenizer=spiece.model      (on every host of the pod)
+Hardware:  256 TPU chips; fsdp takes up to 16 devices, data parallelism the rest, so that the same
+           command starts on 1, 4, 8, 16 or 256. For a box of 8 GPUs: --config.microbatches=4
 Memory:    4.0 GiB a chip on 256 v5e, 7.6 on 128 v4, 14.5 on 64 v5p, 36.0 on each of 8 H100, by
            tools/compile_ahead.py; docs/tpu_pods.md and docs/gpu.md have the tables
 Expected:  validation loss 2.820 nats per token after 50,000 steps (perceiver-io's published
            figure; not yet repeated here)
 
-79e9 tokens are read and 52.4e9 trained on: 2048 windows a step, 512 to 1024 tokens each, the loss
-on the last 512 positions.
+79e9 tokens are read and 52.4e9 trained on: 2048 windows per step, 512 to 1024 tokens each, the
+loss on the last 512 positions.
 """
 
-from perceiver_ar_jax.run_config import default_config
+from perceiver_ar_jax.config import PerceiverARConfig
+from perceiver_ar_jax.run_config import default_config, model_settings
 
 
 def get_config():
@@ -26,20 +28,8 @@ def get_config():
     config.eval_every = 1000
     config.checkpoint_every = 1000
 
-    config.model.vocab_size = 32000
-    config.model.max_seq_len = 1024
-    config.model.max_latents = 512
-    config.model.num_channels = 1280
-    config.model.num_heads = 10
-    config.model.num_self_attention_layers = 20
-    config.model.num_self_attention_rotary_layers = 1
-    config.model.cross_attention_dropout = 0.0
-    config.model.abs_pos_emb = False
-    config.model.output_norm = True
-    config.model.output_bias = False
-    config.model.dtype = "bfloat16"
-    config.model.remat = "names"
-    config.model.scan_layers = True
+    model = PerceiverARConfig.clm_base(dtype="bfloat16", remat="names", scan_layers=True)
+    config.model.update(model_settings(model))
 
     config.optimizer.learning_rate = 3e-4
     config.optimizer.warmup_steps = 1000
@@ -48,8 +38,11 @@ def get_config():
     config.optimizer.clip_norm = 1.0
 
     config.mesh.data = -1
-    config.mesh.fsdp = 16
+    config.mesh.fsdp = -1
+    config.mesh.max_fsdp = 16
 
+    config.data.source = "c4/en:3.0.1"
+    config.data.tokenizer = "xlnet-base-cased"
     config.data.min_seq_len = 512
     config.data.eval_split = "validation[:1%]"
     config.data.num_workers = 1

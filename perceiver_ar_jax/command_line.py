@@ -1,21 +1,63 @@
-"""What the scripts share: one line for what a user can mend, and the exit code."""
+"""What the scripts share: how they start and end, and one line for what a user can mend.
 
+Importing it costs nothing, so that scripts are quiet from their first moment on.
+"""
+
+import os
+import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
 
-from perceiver_ar_jax.training.checkpoint import CheckpointError
+BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
-BAD_INPUT, NO_CHECKPOINT = 2, 4
+# First touches of fresh memory cost a fifth of a CPU training step; so glibc keeps what it has.
+MALLOC_SETTINGS = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+    "MALLOC_TOP_PAD_": str(2**28),
+}
+RESTARTED = "PERCEIVER_AR_RESTARTED"
+ACCELERATORS = ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "kfd")  # in /dev
+
+
+def start_script() -> None:
+    """For the first line of a script: Ctrl-C is silent from now on, memory set for the CPU."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    keep_freed_memory()
+
+
+def run_script(program: str, main: Callable[[], int]) -> NoReturn:
+    """Ends the process with the exit code of `main`; Ctrl-C and closed pipes end it silently."""
+    try:
+        try:
+            code = exit_code(program, main)
+        except SystemExit as end:  # by argparse, after --help
+            code = end.code
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except BrokenPipeError:
+        code = BROKEN_PIPE
+    if code == BROKEN_PIPE:  # so that the interpreter has nothing left to complain about
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
 
 
 def exit_code(program: str, run: Callable[[], int]) -> int:
-    """What `run` returns; 2 after bad input, 4 without an intact checkpoint, each with one line."""
+    """What `run` returns; 2 after bad input, or the error's own exit code, each with one line."""
     try:
         return run()
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         return fail(program, error, BAD_INPUT)
-    except CheckpointError as error:
-        return fail(program, error, NO_CHECKPOINT)
+    except Exception as error:
+        if code := getattr(error, "exit_code", None):
+            return fail(program, error, code)
+        raise
 
 
 def fail(program: str, error: object, code: int) -> int:
@@ -23,3 +65,31 @@ def fail(program: str, error: object, code: int) -> int:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     print(f"{program}: {' '.join(lines)}", file=sys.stderr)
     return code
+
+
+def keep_freed_memory() -> None:
+    """Starts the script again with glibc's malloc set for training and decoding on a CPU.
+
+    Only before JAX is imported, once, and only where it helps: not with an accelerator, another
+    C library, or settings of the user's own.
+    """
+    settings = {name: x for name, x in MALLOC_SETTINGS.items() if name not in os.environ}
+    if os.environ.get(RESTARTED) or not settings or not _has_glibc() or not _computes_on_cpu():
+        return
+    os.environ |= settings | {RESTARTED: "1"}
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _has_glibc():
+    try:
+        return bool(os.confstr("CS_GNU_LIBC_VERSION"))
+    except (ValueError, OSError):  # another C library does not know the name
+        return False
+
+
+def _computes_on_cpu():
+    platforms = os.environ.get("JAX_PLATFORMS")
+    if platforms:
+        return platforms.split(",")[0] == "cpu"
+    return not any(list(Path("/dev").glob(pattern)) for pattern in ACCELERATORS)

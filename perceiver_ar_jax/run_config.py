@@ -1,6 +1,12 @@
-"""Every setting of a run, and what the parts below the training loop are made from."""
+"""Every setting of a run, its default, and what the parts below the training loop are made from.
+
+A config file changes a `ConfigDict` of these settings, `--config.x=y` changes it once more, and
+`RunConfig.from_config` turns it into the typed, checked value that everything below reads.
+"""
 
 import dataclasses
+import math
+from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -11,6 +17,7 @@ from perceiver_ar_jax.parallel import MeshConfig
 from perceiver_ar_jax.training import OptimizerConfig
 
 AT_LEAST = {
+    "seed": 0,
     "steps": 1,
     "batch_size": 1,
     "microbatches": 1,
@@ -22,114 +29,213 @@ AT_LEAST = {
 }
 
 
-def default_config() -> ConfigDict:
-    """Every setting of a run, with its default; a config file changes some."""
-    config = ConfigDict()
-    config.seed = 0
-    config.steps = 50_000
-    config.batch_size = 64  # sequences a step, over all devices
-    config.microbatches = 1  # parts of a batch whose activations are held one at a time
-    config.log_every = 50
-    config.eval_every = 1000
-    config.checkpoint_every = 1000
-    config.keep_checkpoints = 2  # the newest
-    config.keep_every = 0  # and the steps that this divides
-    config.keep_best = False  # and the one of the lowest evaluation loss
-    config.ema_decay = 0.0  # above 0, a running average of the weights is what is evaluated
-    config.init_from = ""  # weights to begin with: a workdir, a converted or a PyTorch checkpoint
-    config.resume_from = ""  # another run's workdir, to go on from in this one
-    config.compilation_cache = ""  # a folder that lets the next start skip the compiler
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """Where the text comes from."""
 
-    model = PerceiverARConfig().to_dict()
-    config.model = ConfigDict({name: x for name, x in model.items() if x is not None})
-    config.model.max_heads_parallel = config_dict.placeholder(int)
-    config.optimizer = ConfigDict(dataclasses.asdict(OptimizerConfig()))
-    config.optimizer.total_steps = config.get_oneway_ref("steps")
-    config.mesh = ConfigDict(dataclasses.asdict(MeshConfig()))
-
-    config.data = ConfigDict()
-    config.data.source = ""  # a prepared TFDS directory, or a name such as c4/en:3.0.1
-    config.data.text = ""  # or a file or glob of UTF-8 text or JSONL, in place of it
-    config.data.tokenizer = "bytes"  # or a SentencePiece .model file, or a hub id
-    config.data.train_split = "train"  # of files: all that eval_split does not take
-    config.data.eval_split = "validation"  # of files: the last 2 %
-    config.data.min_seq_len = 512
-    config.data.num_workers = 1
-    config.data.respect_documents = False  # attention stays inside a document
-    config.data.allow_change = False  # go on although the data is not the checkpoint's
-
-    config.sample = ConfigDict()
-    config.sample.prompt = "The"
-    config.sample.max_new_tokens = 64
-    config.sample.num_latents = 1
-    config.sample.temperature = 0.8
-    config.sample.top_k = 40
-
-    config.profile = ConfigDict()
-    config.profile.first_step = 10  # the first of the steps that the profiler watches
-    config.profile.num_steps = 0  # how many; 0: none
-    return config
+    source: str = ""  # a prepared TFDS directory, or a name such as c4/en:3.0.1
+    text: str = ""  # instead of it, a file or glob of UTF-8 text or JSONL
+    tokenizer: str = "bytes"  # or a SentencePiece .model file, a tokenizer.json, a hub id
+    train_split: str = "train"  # of files: all that eval_split does not take
+    eval_split: str = "validation"  # of files: the last 2 %
+    min_seq_len: int | None = None  # of the shortest training window; None: model.max_latents
+    num_workers: int = 1  # processes that read and tokenize
+    respect_documents: bool = False  # attention stays inside a document
+    allow_change: bool = False  # go on although data or tokenizer are not the checkpoint's
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """A run's config, checked.
+class SampleSettings:
+    """The text that is sampled after each evaluation.
 
-    `batch_size` of the data is that of the whole batch; each process reads its share.
+    Raises:
+      ValueError: at construction, naming every problem at once.
     """
 
-    model: PerceiverARConfig
-    optimizer: OptimizerConfig
-    mesh: MeshConfig
-    train_data: DataConfig
-    eval_data: DataConfig
+    prompt: str = "The"
+    max_new_tokens: int = 64
+    num_latents: int = 1  # of the prompt; more where the model's shape asks for more
+    temperature: float = 0.8
+    top_k: int = 40  # 0: all tokens
+
+    def __post_init__(self):
+        problems = []
+        if not self.prompt:
+            problems.append("sample.prompt must not be empty")
+        for name, low in (("max_new_tokens", 1), ("num_latents", 1), ("top_k", 0)):
+            if not _is_whole(getattr(self, name), low):
+                problems.append(
+                    f"sample.{name} must be a whole number of at least {low}, "
+                    f"not {getattr(self, name)!r}"
+                )
+        if not 0 < self.temperature < math.inf:
+            problems.append(f"sample.temperature must be above 0, not {self.temperature}")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileSettings:
+    """Which steps the profiler watches."""
+
+    first_step: int = 10
+    num_steps: int = 0  # 0: none
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A run; frozen and validated.
+
+    Raises:
+      ValueError: at construction, with all problems of all parts, before any device is touched.
+    """
+
+    seed: int = 0
+    steps: int = 50_000
+    batch_size: int = 64  # windows per step, over all devices
+    microbatches: int = 1  # gradient accumulation: each device holds the activations of one
+    log_every: int = 50
+    eval_every: int = 1000
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2  # the newest
+    keep_every: int = 0  # and the steps that are multiples of this; 0: none
+    keep_best: bool = False  # and the one of the lowest evaluation loss
+    ema_decay: float = 0.0  # above 0: evaluate a moving average of the weights
+    init_from: str = ""  # weights to begin with: a workdir, a converted or a PyTorch checkpoint
+    resume_from: str = ""  # another run's workdir, to continue in this one
+    compilation_cache: str = ""  # a folder that lets the next start skip the compiler
+    model: PerceiverARConfig = dataclasses.field(default_factory=PerceiverARConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    data: DataSettings = dataclasses.field(default_factory=DataSettings)
+    sample: SampleSettings = dataclasses.field(default_factory=SampleSettings)
+    profile: ProfileSettings = dataclasses.field(default_factory=ProfileSettings)
+
+    def __post_init__(self):
+        problems = list(self._problems())
+        if problems:
+            raise ValueError("; ".join(dict.fromkeys(problems)))
 
     @classmethod
-    def from_config(cls, config: ConfigDict) -> "Settings":
-        """Raises ValueError with all problems of all parts, before any device is touched."""
-        sections = config.to_dict()
+    def from_config(cls, config: ConfigDict) -> "RunConfig":
+        """The run that a config file and its overrides describe.
+
+        A warm-up that is longer than the run ends with it.
+        """
+        values = config.to_dict()
+        optimizer = values["optimizer"]
+        if 1 <= optimizer["total_steps"] < optimizer["warmup_steps"]:
+            optimizer["warmup_steps"] = optimizer["total_steps"]
         problems = []
 
-        def make(factory, **fields):
+        def make(section, fields):
+            unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(section)})
+            problems.extend(f"{section.__name__} does not have the setting {x}" for x in unknown)
+            fields = {name: value for name, value in fields.items() if name not in unknown}
             try:
-                return factory(**fields)
+                return section(**fields)
             except ValueError as error:
                 problems.append(str(error))
 
-        data = {
-            "source": config.data.text or config.data.source,
-            "min_seq_len": min(config.data.min_seq_len, config.model.max_seq_len),
-            "max_seq_len": config.model.max_seq_len,
-            "batch_size": config.batch_size,
-            "seed": config.seed,
-            "respect_documents": config.data.respect_documents,
-        }
-        problems += _problems(sections)
-        settings = cls(
-            model=make(PerceiverARConfig, **sections["model"]),
-            optimizer=make(OptimizerConfig, **sections["optimizer"]),
-            mesh=make(MeshConfig, **sections["mesh"]),
-            train_data=make(
-                DataConfig,
-                split=config.data.train_split,
-                eval_split=config.data.eval_split,
-                num_workers=config.data.num_workers,
-                **data,
-            ),
-            eval_data=make(DataConfig, split=config.data.eval_split, **data),
-        )
+        made = {name: make(section, values.pop(name)) for name, section in SECTIONS.items()}
+        intact = {name: section for name, section in made.items() if section is not None}
+        run = make(cls, values | intact)
         if problems:
             raise ValueError("; ".join(dict.fromkeys(problems)))
-        return settings
+        return run
+
+    @property
+    def train_data(self) -> DataConfig:
+        """The whole batch's; each process reads its share."""
+        return self._data_config(
+            self.data.train_split,
+            eval_split=self.data.eval_split,
+            num_workers=self.data.num_workers,
+        )
+
+    @property
+    def eval_data(self) -> DataConfig:
+        """The whole batch's; each process reads its share."""
+        return self._data_config(self.data.eval_split)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, nested as in the config file."""
+        return dataclasses.asdict(self) | {"model": self.model.to_dict()}
+
+    def replace(self, **changes) -> "RunConfig":
+        """A copy with some fields changed; validated again."""
+        return dataclasses.replace(self, **changes)
+
+    def _data_config(self, split: str, **more) -> DataConfig:
+        shortest = self.data.min_seq_len
+        shortest = self.model.max_latents if shortest is None else shortest
+        return DataConfig(
+            source=self.data.text or self.data.source,
+            split=split,
+            min_seq_len=min(shortest, self.model.max_seq_len),
+            max_seq_len=self.model.max_seq_len,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            respect_documents=self.data.respect_documents,
+            **more,
+        )
+
+    def _problems(self) -> Iterator[str]:
+        whole = True
+        for name, low in AT_LEAST.items():
+            if not _is_whole(getattr(self, name), low):
+                whole = False
+                yield f"{name} must be at least {low}, not {getattr(self, name)!r}"
+        if not 0 <= self.ema_decay < 1:
+            yield f"ema_decay must be from 0 to below 1, not {self.ema_decay}"
+        if self.init_from and self.resume_from:
+            yield "init_from and resume_from exclude each other"
+        if self.sample.num_latents > self.model.max_latents:
+            yield (
+                f"sample.num_latents {self.sample.num_latents} exceeds model.max_latents "
+                f"{self.model.max_latents}"
+            )
+        if bool(self.data.text) == bool(self.data.source):
+            yield "one of data.source and data.text must be given"
+        elif whole:
+            try:
+                self.train_data, self.eval_data  # noqa: B018  they check themselves
+            except ValueError as error:
+                yield str(error)
 
 
-def _problems(sections: dict[str, Any]):
-    for name, low in AT_LEAST.items():
-        if sections[name] < low:
-            yield f"{name} must be at least {low}, not {sections[name]}"
-    if not 0 <= sections["ema_decay"] < 1:
-        yield f"ema_decay must be from 0 to below 1, not {sections['ema_decay']}"
-    if bool(sections["data"]["text"]) == bool(sections["data"]["source"]):
-        yield "one of data.source and data.text must be given"
-    if sections["init_from"] and sections["resume_from"]:
-        yield "init_from and resume_from exclude each other"
+SECTIONS = {
+    "model": PerceiverARConfig,
+    "optimizer": OptimizerConfig,
+    "mesh": MeshConfig,
+    "data": DataSettings,
+    "sample": SampleSettings,
+    "profile": ProfileSettings,
+}
+
+
+def default_config() -> ConfigDict:
+    """Every setting of a run with its default, for a config file to change."""
+    config = ConfigDict(
+        {
+            field.name: field.default
+            for field in dataclasses.fields(RunConfig)
+            if field.name not in SECTIONS
+        }
+    )
+    config.model = ConfigDict(model_settings(PerceiverARConfig()))
+    for name in SECTIONS.keys() - {"model"}:
+        config[name] = ConfigDict(dataclasses.asdict(SECTIONS[name]()))
+    config.model.max_heads_parallel = config_dict.placeholder(int)
+    config.data.min_seq_len = config_dict.placeholder(int)
+    config.optimizer.total_steps = config.get_oneway_ref("steps")
+    return config
+
+
+def model_settings(model: PerceiverARConfig) -> dict[str, Any]:
+    """What a config file says of a model: `config.model.update(model_settings(…))`."""
+    return {name: value for name, value in model.to_dict().items() if value is not None}
+
+
+def _is_whole(value: Any, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low

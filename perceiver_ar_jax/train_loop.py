@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 
 from perceiver_ar_jax import data
 from perceiver_ar_jax._version import __version__
 from perceiver_ar_jax.data.loader import differing_entries
 from perceiver_ar_jax.evaluation import evaluate
-from perceiver_ar_jax.generation import generate
-from perceiver_ar_jax.model import PerceiverAR, init_params
+from perceiver_ar_jax.lowering import lower_train_step
+from perceiver_ar_jax.model import PerceiverAR
 from perceiver_ar_jax.model.flops import training_flops
+from perceiver_ar_jax.origin import Origin, find_origin, first_state
 from perceiver_ar_jax.parallel import (
     batch_share,
     check_agreement,
@@ -31,162 +30,131 @@ from perceiver_ar_jax.parallel import (
     join_processes,
     make_mesh,
     on_first,
-    state_shardings,
     to_global,
     use_mesh,
 )
 from perceiver_ar_jax.parallel.chips import chip_of
 from perceiver_ar_jax.preemption import Preemption
-from perceiver_ar_jax.pretrained import CHECKPOINTS_FOLDER, load_pretrained
-from perceiver_ar_jax.run_config import Settings
-from perceiver_ar_jax.tokenizers import load_tokenizer
-from perceiver_ar_jax.training import (
-    Batch,
-    TrainState,
-    learning_rate_schedule,
-    make_optimizer,
-    train_step,
-)
+from perceiver_ar_jax.pretrained import CHECKPOINTS_FOLDER
+from perceiver_ar_jax.run_config import RunConfig
+from perceiver_ar_jax.run_header import header, memory_lines
+from perceiver_ar_jax.samples import Sampler
+from perceiver_ar_jax.tokenizers import Tokenizer, load_tokenizer
+from perceiver_ar_jax.training import Batch, TrainState
 from perceiver_ar_jax.training.checkpoint import Checkpointer
 from perceiver_ar_jax.training.goodput import Goodput
 from perceiver_ar_jax.training.report import NonFiniteError, Report
-from perceiver_ar_jax.workdir import check_same_model, claimed, describe, stored_frequencies
+from perceiver_ar_jax.training.timeline import Timeline
+from perceiver_ar_jax.workdir import changed_settings, claimed, write_run
 
 DONE, NON_FINITE = 0, 3
 
 
-def run(config: ConfigDict, workdir: str | Path) -> int:
-    """Trains until `config.steps`, from where the workdir stands; returns the exit code.
+def run(run: RunConfig, workdir: str | Path, *, dry_run: bool = False) -> int:
+    """Trains until `run.steps`, from where the workdir stands; returns the exit code.
 
-    Every process of a run on several hosts calls it; the first one writes the files.
+    Every process of a run on several hosts calls it; the first one writes the files. Nothing is
+    written before everything has been checked.
+
+    Args:
+      run: the settings.
+      workdir: where the run lives; made if it is not there.
+      dry_run: check, say what would be done, and write nothing.
 
     Raises:
-      ValueError: the config, the data or the tokenizer is unusable, or processes disagree.
+      ValueError: the settings, the data or the tokenizer are unusable, or processes disagree.
       CheckpointError: the workdir has checkpoints, but none is intact.
       SaveError: a checkpoint cannot be written.
     """
-    settings = Settings.from_config(config)
-    tokenizer = load_tokenizer(config.data.tokenizer, vocab_size=settings.model.vocab_size)
-    join_processes()
-    facts = {"config": _sha256(_plain(config)), "tokenizer": tokenizer.sha256}
-    check_agreement({"version": __version__, **facts})
-    if config.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
-    mesh = make_mesh(settings.mesh)
-    check_batch_size(config.batch_size, mesh, config.microbatches)
+    timeline = Timeline()
     workdir = epath.Path(workdir)
+    tokenizer = load_tokenizer(run.data.tokenizer, vocab_size=run.model.vocab_size)
+    join_processes()
+    facts = {"config": _sha256(run.to_dict()), "tokenizer": tokenizer.sha256}
+    check_agreement({"version": __version__, **facts})
+    if run.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", run.compilation_cache)
+    mesh = make_mesh(run.mesh, num_channels=run.model.num_channels)
+    check_batch_size(run.batch_size, mesh, run.microbatches)
     with contextlib.ExitStack() as stack:
-        on_first(lambda: stack.enter_context(claimed(workdir)))
+        if not dry_run:
+            on_first(lambda: stack.enter_context(claimed(workdir)))
         stack.enter_context(use_mesh(mesh))
-        return _Run(config, settings, tokenizer, mesh, workdir).train()
-
-
-class _Run:
-    """What changes while a run goes on: its state, step and checkpoints."""
-
-    def __init__(self, config, settings, tokenizer, mesh, workdir):
-        self.config, self.tokenizer, self.mesh = config, tokenizer, mesh
-
-        # 1. The weights to begin with, and the folder, say what model this is.
-        initial_params = None
-        frequencies = on_first(lambda: stored_frequencies(workdir))
-        if config.init_from:
-            initial = load_pretrained(config.init_from)
-            check_same_model(config.init_from, initial.config, settings.model)
-            frequencies = frequencies or initial.config.rotary_inv_freq
-            initial_params = initial.params
-        model_config = settings.model
-        if frequencies and model_config.rotary_inv_freq is None:
-            model_config = model_config.replace(rotary_inv_freq=frequencies)
-        self.model = PerceiverAR(model_config)
-        changed = on_first(lambda: describe(workdir, model_config, tokenizer, _plain(config)))
-        for line in changed:
-            _say(f"changed since the last start: {line}")
-
-        # 2. Data: each process reads its share of the rows.
-        index, count = batch_share(mesh)
-        share = {"process_index": index, "process_count": count}
-        of_process = functools.partial(dataclasses.replace, batch_size=config.batch_size // count)
-        self.loader = data.make_loader(of_process(settings.train_data), tokenizer, **share)
-        self.eval_batches = data.evaluation_batches(
-            of_process(settings.eval_data), tokenizer, num_latents=model_config.max_latents, **share
+        origin = find_origin(run, workdir, tokenizer, _say)
+        run = _with_frequencies(run, origin)
+        sampler = Sampler(run.sample, run.model, tokenizer)
+        loader = _open_data(run, tokenizer, mesh)
+        for line in header(run, mesh, loader, tokenizer, workdir):
+            _say(line)
+        if dry_run:
+            _say(json.dumps(run.to_dict(), indent=2))
+            return DONE
+        checkpointer = _checkpointer(run, workdir)
+        state, productive = _begin(run, mesh, origin, checkpointer, workdir, loader)
+        if origin.workdir == workdir and int(state.step) >= run.steps:
+            _say(f"already at step {state.step} of {run.steps}; raise config.steps to go on")
+            return DONE
+        eval_batches = _open_eval_data(run, tokenizer, mesh)
+        check_agreement(
+            {"step to go on from": int(state.step), "data": _sha256(loader.fingerprint)}
         )
-
-        # 3. The state, born sharded.
-        tx = make_optimizer(settings.optimizer)
-        create = functools.partial(TrainState.create, tx=tx, ema_decay=config.ema_decay)
-        fresh = lambda: create(params=init_params(self.model, jax.random.key(config.seed)))
-        abstract = jax.eval_shape(fresh)
-        self.shardings = state_shardings(abstract, mesh)
-
-        # 4. Where the run stands: its newest intact checkpoint, another run's, or the beginning.
-        self.checkpointer = Checkpointer(
-            workdir / CHECKPOINTS_FOLDER,
-            keep_last=config.keep_checkpoints,
-            keep_every=config.keep_every,
-            keep_best=config.keep_best,
+        on_first(lambda: _write_start(run, workdir, tokenizer))
+        loop = _Loop(
+            run=run,
+            mesh=mesh,
+            state=state,
+            loader=loader,
+            eval_batches=eval_batches,
+            sampler=sampler,
+            checkpointer=checkpointer,
+            report=_report(run, mesh, workdir, timeline, int(state.step), productive),
+            saved=int(state.step) if origin.workdir == workdir else 0,
+            profile_dir=workdir / "profile",
         )
-        productive, self.saved = 0.0, 0
-        if self.checkpointer.steps():
-            productive = self._restore(self.checkpointer, abstract)
-            self.saved = int(self.state.step)
-            self.checkpointer.put_aside_after(self.saved)
-        elif config.resume_from:
-            other = epath.Path(config.resume_from) / CHECKPOINTS_FOLDER
-            self._restore(Checkpointer(other), abstract)
-        elif initial_params is not None:
-            placed = _placed(initial_params, self.shardings.params)
-            self.state = jax.jit(
-                lambda params: create(params=params), out_shardings=self.shardings
-            )(placed)
-        else:
-            self.state = jax.jit(fresh, out_shardings=self.shardings)()
+        return loop.train(sample_first=origin.is_trained)
+
+
+@dataclasses.dataclass
+class _Loop:
+    """What changes while a run goes on, and what happens to it at each step."""
+
+    run: RunConfig
+    mesh: jax.sharding.Mesh
+    state: TrainState
+    loader: data.Loader
+    eval_batches: data.EvaluationBatches
+    sampler: Sampler
+    checkpointer: Checkpointer
+    report: Report
+    saved: int  # the newest step that is in a checkpoint
+    profile_dir: epath.Path
+
+    def __post_init__(self):
+        self.model = PerceiverAR(self.run.model)
         self.step = int(self.state.step)
-
-        # 5. Every process is to do the same.
-        fingerprint = _sha256(self.loader.fingerprint)
-        check_agreement({"step to go on from": self.step, "data": fingerprint})
-
-        # 6. What a step is, and who tells of it.
-        self.to_device = functools.partial(to_global, mesh=mesh)
-        self.compiled_step = None  # compiled for the first batch
-        chip = chip_of(jax.devices()[0].device_kind)
-        flops = training_flops(model_config, model_config.max_prefix_len, model_config.max_latents)
-        self.report = Report(
-            workdir,
-            step=self.step,
-            total_steps=config.steps,
-            log_every=config.log_every,
-            learning_rate=learning_rate_schedule(settings.optimizer),
-            goodput=Goodput(
-                workdir / "goodput.json" if is_first() else None,
-                step=self.step,
-                productive=productive,
-            ),
-            flops_per_step=config.batch_size * flops / mesh.size,
-            peak_flops=chip and chip.peak_flops,
-            is_silent=not is_first(),
-        )
+        self.to_device = functools.partial(to_global, mesh=self.mesh)
         self.in_flight = None  # what `report` reads once the next step is under way
-        self.profile_dir = workdir / "profile"
 
-    def train(self) -> int:
+    def train(self, *, sample_first: bool) -> int:
         """Steps, and what happens between them; returns the exit code."""
-        config = self.config
+        run = self.run
         preemption = Preemption()
         try:
-            if self.step == 0:
-                self._evaluate()
-            while self.step < config.steps and not preemption.reached(self.step):
+            self.compiled_step = self._compile()
+            self.report.started()
+            if self.step == 0 and not preemption.is_noted:
+                self._evaluate(with_sample=sample_first)
+            while self.step < run.steps and not preemption.reached(self.step):
                 self._take_step()
-                last = self.step == config.steps
+                last = self.step == run.steps
                 eval_loss = math.inf
-                if (last or self.step % config.eval_every == 0) and not preemption.is_noted:
+                if (last or self.step % run.eval_every == 0) and not preemption.is_noted:
                     eval_loss = self._evaluate()
-                if last or self.step % config.checkpoint_every == 0:
+                if last or self.step % run.checkpoint_every == 0:
                     self._save(eval_loss)
             if self.saved < self.step:  # preempted
                 self._save()
+            self.report.write_window()
             self.checkpointer.close()
         except NonFiniteError as error:
             self.checkpointer.close()
@@ -199,8 +167,22 @@ class _Run:
             preemption.close()
         return preemption.exit_code or DONE
 
+    def _compile(self) -> jax.stages.Compiled:
+        try:
+            compiled = lower_train_step(self.run, self.mesh).compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            first_line = next(line for line in str(error).splitlines() if line.strip())
+            raise ValueError(
+                f"the step does not fit into the memory of a device: {first_line.strip()}"
+            ) from None
+        for line in memory_lines(compiled, jax.local_device_count()):
+            self.report.print(line)
+        return compiled
+
     def _take_step(self) -> None:
-        profile = self.config.profile
+        profile = self.run.profile
         if profile.num_steps and self.step == profile.first_step:
             jax.profiler.start_trace(str(self.profile_dir))
         arrays = self.report.timed_wait(lambda: next(self.loader))
@@ -212,8 +194,6 @@ class _Run:
                 arrays.get("segment_ids"),
             )
         )
-        if self.compiled_step is None:
-            self.compiled_step = self._compile(batch)
         with jax.transfer_guard("disallow"):  # nothing keeps a step waiting unseen
             self.state, metrics = self.compiled_step(self.state, batch)
             self._read_metrics()
@@ -224,30 +204,12 @@ class _Run:
             self._read_metrics()
             jax.profiler.stop_trace()
 
-    def _compile(self, batch):
-        step = functools.partial(
-            train_step,
-            model=self.model,
-            prefix_len=self.model.config.max_prefix_len,
-            key=jax.random.key(self.config.seed),
-            microbatches=self.config.microbatches,
-        )
-        # The state leaves as it came in, whatever the compiler would prefer.
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
-        compiled = jitted.lower(self.state, batch).compile()
-        if memory := compiled.memory_analysis():
-            self.report.print(
-                f"a step on each device: {memory.argument_size_in_bytes / 2**30:.2f} GiB of state "
-                f"and batch, {memory.temp_size_in_bytes / 2**30:.2f} GiB beside them"
-            )
-        return compiled
-
     def _read_metrics(self) -> None:
         if self.in_flight:
             self.report.read(*self.in_flight)
             self.in_flight = None
 
-    def _evaluate(self) -> float:
+    def _evaluate(self, *, with_sample: bool = True) -> float:
         self._read_metrics()
         params = self.state.inference_params
         evaluation = evaluate(
@@ -259,8 +221,8 @@ class _Run:
             to_device=self.to_device,
         )
         self.report.evaluation(self.step, evaluation.loss, evaluation.bits_per_byte)
-        text = _sample(self.config.sample, self.model, params, self.tokenizer)
-        self.report.sample(self.step, text)
+        if with_sample:
+            self.report.sample(self.step, self.sampler(params))
         return evaluation.loss
 
     def _save(self, eval_loss: float = math.inf) -> None:
@@ -271,47 +233,115 @@ class _Run:
         }
         self.checkpointer.save(self.state, run_state, eval_loss=eval_loss)
         self.saved = self.step
-
-    def _restore(self, checkpointer: Checkpointer, abstract: TrainState) -> float:
-        """Takes over state and place in the data; returns the seconds that they took."""
-        like = jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            abstract,
-            self.shardings,
-        )
-        self.state, run_state, skipped = checkpointer.restore(like)
-        for line in skipped:
-            _say(f"skipped: {line}", file=sys.stderr)
-        self._place_loader(run_state["loader"])
-        _say(f"resumed from step {int(self.state.step)} in {checkpointer.directory}")
-        return run_state["productive_seconds"]
-
-    def _place_loader(self, state: dict[str, Any]) -> None:
-        if self.config.data.allow_change:
-            for line in differing_entries(state["fingerprint"], self.loader.fingerprint):
-                _say(f"the data changed, as allowed: {line}")
-            if len(state["positions"]) != self.config.batch_size:
-                _say("the data begins anew: the batch has another size")
-                return
-        self.loader.set_state(state, allow_other_data=self.config.data.allow_change)
+        self.report.saved()
 
 
-def _placed(params, shardings):
-    """Parameters that each process holds whole, spread over the mesh."""
+def _with_frequencies(run: RunConfig, origin: Origin) -> RunConfig:
+    """The run with the rotary frequencies that its first weights were trained with."""
+    if not origin.rotary_inv_freq or run.model.rotary_inv_freq is not None:
+        return run
+    return run.replace(model=run.model.replace(rotary_inv_freq=origin.rotary_inv_freq))
 
-    def spread(x, sharding):
-        return jax.make_array_from_callback(x.shape, sharding, lambda at: np.asarray(x[at]))
 
-    return jax.tree.map(spread, params, shardings)
+def _open_data(run: RunConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> data.Loader:
+    """The batches of this process's rows."""
+    index, count = batch_share(mesh)
+    config = dataclasses.replace(run.train_data, batch_size=run.batch_size // count)
+    return data.make_loader(config, tokenizer, process_index=index, process_count=count)
+
+
+def _open_eval_data(
+    run: RunConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
+) -> data.EvaluationBatches:
+    index, count = batch_share(mesh)
+    return data.evaluation_batches(
+        dataclasses.replace(run.eval_data, batch_size=run.batch_size // count),
+        tokenizer,
+        num_latents=run.model.max_latents,
+        process_index=index,
+        process_count=count,
+    )
+
+
+def _checkpointer(run: RunConfig, workdir: epath.Path) -> Checkpointer:
+    return Checkpointer(
+        workdir / CHECKPOINTS_FOLDER,
+        keep_last=run.keep_checkpoints,
+        keep_every=run.keep_every,
+        keep_best=run.keep_best,
+    )
+
+
+def _begin(
+    run: RunConfig,
+    mesh: jax.sharding.Mesh,
+    origin: Origin,
+    checkpointer: Checkpointer,
+    workdir: epath.Path,
+    loader: data.Loader,
+) -> tuple[TrainState, float]:
+    """The first state, the data placed where it stands; and the productive seconds until then."""
+    is_own = origin.workdir == workdir
+    if origin.workdir is not None and not is_own:
+        checkpointer = Checkpointer(origin.workdir / CHECKPOINTS_FOLDER)
+    state, run_state = first_state(run, mesh, origin, checkpointer)
+    if run_state is None:
+        return state, 0.0
+    for line in run_state["skipped"]:
+        _say(f"skipped: {line}", file=sys.stderr)
+    _place_loader(run, loader, run_state["loader"])
+    _say(f"resumed from step {int(state.step)} in {checkpointer.directory}")
+    if not is_own:
+        return state, 0.0
+    checkpointer.put_aside_after(int(state.step))
+    return state, run_state["productive_seconds"]
+
+
+def _place_loader(run: RunConfig, loader: data.Loader, state: dict[str, Any]) -> None:
+    if run.data.allow_change:
+        for line in differing_entries(state["fingerprint"], loader.fingerprint):
+            _say(f"the data changed, as allowed: {line}")
+        if len(state["positions"]) != run.batch_size:
+            _say("the data starts over: the batch has another size")
+            return
+    loader.set_state(state, allow_other_data=run.data.allow_change)
+
+
+def _write_start(run: RunConfig, workdir: epath.Path, tokenizer: Tokenizer) -> None:
+    """Writes what this start is, and says what changed since the last one."""
+    for line in changed_settings(workdir, run.to_dict()):
+        _say(f"changed since the last start: {line}")
+    write_run(workdir, run.model, tokenizer, run.to_dict())
+
+
+def _report(
+    run: RunConfig,
+    mesh: jax.sharding.Mesh,
+    workdir: epath.Path,
+    timeline: Timeline,
+    step: int,
+    productive: float,
+) -> Report:
+    chip = chip_of(jax.devices()[0].device_kind)
+    flops = training_flops(run.model, run.model.max_prefix_len, run.model.max_latents)
+    goodput_file = workdir / "goodput.json" if is_first() else None
+    return Report(
+        workdir,
+        timeline,
+        step=step,
+        total_steps=run.steps,
+        log_every=run.log_every,
+        optimizer=run.optimizer,
+        goodput=Goodput(goodput_file, timeline, step=step, productive=productive),
+        flops_per_step=run.batch_size * flops / mesh.size,
+        peak_flops=chip and chip.peak_flops,
+        is_silent=not is_first(),
+    )
 
 
 def _distinct(states):
     """Processes that feed the same rows have the same state."""
     return list({state["first_row"]: state for state in states}.values())
-
-
-def _plain(config: ConfigDict) -> dict[str, Any]:
-    return json.loads(config.to_json_best_effort())
 
 
 def _sha256(value: Any) -> str:
@@ -321,23 +351,3 @@ def _sha256(value: Any) -> str:
 def _say(text: str, file=None) -> None:
     if is_first():
         print(text, file=file or sys.stdout, flush=True)
-
-
-def _sample(settings, model, params, tokenizer):
-    """The prompt and what the model makes of it."""
-    prompt = np.asarray([tokenizer.encode(settings.prompt)])
-    tokens = generate(
-        model,
-        params,
-        prompt,
-        max_new_tokens=settings.max_new_tokens,
-        num_latents=min(settings.num_latents, prompt.shape[1]),
-        do_sample=True,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        eos_token_id=tokenizer.eos_id,
-        pad_token_id=tokenizer.pad_id,
-        vocab_size=tokenizer.vocab_size,
-        rng=jax.random.key(0),
-    )
-    return tokenizer.decode(np.asarray(tokens)[0])

@@ -15,7 +15,6 @@ from perceiver_ar_jax._version import __version__
 from perceiver_ar_jax.config import PerceiverARConfig
 from perceiver_ar_jax.data.loader import differing_entries
 from perceiver_ar_jax.pretrained import (
-    CHECKPOINTS_FOLDER,
     CONFIG_FILE,
     TOKENIZER_FOLDER,
     write_description,
@@ -61,11 +60,28 @@ def claimed(workdir: epath.Path) -> Iterator[None]:
         yield
 
 
-def stored_frequencies(workdir: epath.Path) -> list[float] | None:
-    """The rotary frequencies that a run took over with its first weights, if it did."""
-    if not _has_checkpoints(workdir):
-        return None
-    return _stored(workdir)["model"].get("rotary_inv_freq")
+def check_same_run(
+    workdir: epath.Path, model: PerceiverARConfig, tokenizer: Any
+) -> tuple[float, ...] | None:
+    """Compares a run's model and tokenizer with those that are to continue it; reads only.
+
+    Returns:
+      The rotary frequencies that the run took over with its first weights, if it did.
+
+    Raises:
+      ValueError: the workdir holds another model or tokenizer; says how they differ.
+    """
+    stored = _stored(workdir)
+    theirs = stored["model"]
+    frequencies = theirs.get("rotary_inv_freq")
+    taken_over = ("rotary_inv_freq",) if model.rotary_inv_freq is None else ()
+    fields = _without(model, HOW_TO_COMPUTE + taken_over)
+    different = differing_entries({name: theirs.get(name) for name in fields}, fields)
+    if stored["tokenizer_sha256"] != tokenizer.sha256:
+        different.append("the tokenizer's sha256")
+    if different:
+        raise ValueError(f"{workdir} belongs to another model: {'; '.join(different)}")
+    return frequencies and tuple(frequencies)
 
 
 def check_same_model(source: str, theirs: PerceiverARConfig, ours: PerceiverARConfig) -> None:
@@ -78,27 +94,17 @@ def check_same_model(source: str, theirs: PerceiverARConfig, ours: PerceiverARCo
         raise ValueError(f"{source} is another model: {'; '.join(different)}")
 
 
-def describe(
+def changed_settings(workdir: epath.Path, run: Mapping[str, Any]) -> list[str]:
+    """A line for each setting that differs from the run's last start; reads only."""
+    if not (workdir / CONFIG_FILE).exists():
+        return []
+    return differing_entries(_flat(_stored(workdir).get("run", {})), _flat(run))
+
+
+def write_run(
     workdir: epath.Path, model: PerceiverARConfig, tokenizer: Any, run: Mapping[str, Any]
-) -> list[str]:
-    """Writes config, tokenizer and machine to a claimed folder.
-
-    Returns:
-      A line for each setting that differs from the run's last start.
-
-    Raises:
-      ValueError: the folder is that of another model or tokenizer; says how they differ.
-    """
-    changed = []
-    if (workdir / CONFIG_FILE).exists():
-        old = _stored(workdir)
-        fields = _without(model, HOW_TO_COMPUTE)
-        different = differing_entries({name: old["model"].get(name) for name in fields}, fields)
-        if old["tokenizer_sha256"] != tokenizer.sha256:
-            different.append("the tokenizer's sha256")
-        if different and _has_checkpoints(workdir):
-            raise ValueError(f"{workdir} belongs to another model: {'; '.join(different)}")
-        changed = differing_entries(_flat(old.get("run", {})), _flat(run))
+) -> None:
+    """Writes config, tokenizer and machine to a claimed folder, once all checks have passed."""
     (workdir / TOKENIZER_FOLDER).mkdir(exist_ok=True)
     tokenizer.save(workdir / TOKENIZER_FOLDER)
     write_description(
@@ -118,12 +124,6 @@ def describe(
         "host": platform.node(),
     }
     (workdir / "env.json").write_text(json.dumps(environment, indent=2) + "\n")
-    return changed
-
-
-def _has_checkpoints(workdir: epath.Path) -> bool:
-    folder = workdir / CHECKPOINTS_FOLDER
-    return folder.exists() and any(folder.iterdir())
 
 
 def _without(config: PerceiverARConfig, names: tuple[str, ...]) -> dict[str, Any]:
@@ -131,10 +131,13 @@ def _without(config: PerceiverARConfig, names: tuple[str, ...]) -> dict[str, Any
 
 
 def _stored(workdir: epath.Path) -> dict[str, Any]:
+    path = workdir / CONFIG_FILE
     try:
-        return json.loads((workdir / CONFIG_FILE).read_text())
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{workdir} is not the workdir of a run: no {CONFIG_FILE}") from None
     except ValueError as error:
-        raise ValueError(f"{workdir / CONFIG_FILE} is no JSON: {error}") from None
+        raise ValueError(f"{path} is not JSON: {error}") from None
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from configs import tiny
+from perceiver_ar_jax import train_loop
+from perceiver_ar_jax.run_config import RunConfig
 
 WORDS = ("the", "a", "of", "river", "house", "yellow", "runs", "sees", "and", "then", "often")
 
@@ -30,6 +32,11 @@ def small_run(text: Path, **changes):
     config.model.residual_dropout = 0.1
     config.update(changes)
     return config
+
+
+def train(config, workdir: Path) -> int:
+    """What train.py does with a config file's settings."""
+    return train_loop.run(RunConfig.from_config(config), workdir)
 
 
 def metrics(workdir: Path) -> list[dict]:

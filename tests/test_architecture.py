@@ -17,7 +17,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the top of the house to the ground; a part imports parts of lower floors only, or itself.
 FLOORS = (
     {"train_loop"},
-    {"command_line", "convert", "preemption", "run_config", "workdir"},
+    {"origin", "run_header", "samples", "settings_help"},
+    {"lowering", "workdir"},
+    {"command_line", "convert", "preemption", "run_config"},
     {"evaluation", "pretrained"},
     {"text_generation"},
     {"generation", "data", "training", "conversion"},
@@ -31,7 +33,7 @@ LIBRARIES = {  # third parties with one home each
     "sentencepiece": {"tokenizers"},
     "array_record": {"data"},
     "orbax": {"training/checkpoint.py"},
-    "ml_collections": {"run_config.py", "train_loop.py"},
+    "ml_collections": {"run_config.py", "settings_help.py"},
 }
 SCRIPTS_ONLY = {"ml_collections": {"train.py"}}
 LAZY = ("torch", "tensorflow", "tensorflow_datasets", "transformers", "huggingface_hub")

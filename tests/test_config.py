@@ -5,7 +5,9 @@ import re
 import pytest
 from small_models import small_config
 
+from configs import c4_base
 from perceiver_ar_jax import PerceiverARConfig
+from perceiver_ar_jax.run_config import RunConfig
 
 
 def test_the_defaults_are_valid_and_are_the_30m_model():
@@ -130,3 +132,10 @@ def test_half_of_the_channels_rotate_beside_absolute_positions_rounded_up_to_pai
 ):
     config = small_config(num_channels=2 * head_dim, abs_pos_emb=abs_pos_emb)
     assert config.num_rotated_channels == rotated
+
+
+def test_c4_base_is_the_preset():
+    config = RunConfig.from_config(c4_base.get_config())
+    preset = PerceiverARConfig.clm_base(dtype="bfloat16", remat="names", scan_layers=True)
+    assert config.model == preset
+    assert config.batch_size * config.steps * preset.max_latents == 52_428_800_000

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 from small_models import random_params, small_config
-from small_runs import metrics, small_run, write_text
+from small_runs import metrics, small_run, train, write_text
 
 import evaluate as evaluate_script
 from perceiver_ar_jax import load_pretrained, train_loop
@@ -17,7 +17,7 @@ from perceiver_ar_jax.pretrained import save_pretrained
 def test_evaluate_gives_the_loss_of_the_run(respect_documents, tmp_path, monkeypatch, capsys):
     text = write_text(tmp_path)
     config = small_run(text, steps=1, data={"respect_documents": respect_documents})
-    assert train_loop.run(config, tmp_path / "run") == train_loop.DONE
+    assert train(config, tmp_path / "run") == train_loop.DONE
     expected = [line["eval/loss"] for line in metrics(tmp_path / "run") if "eval/loss" in line][-1]
     flags = [f"--model={tmp_path / 'run'}", f"--text={text}", "--split=validation"]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags])

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import train
-from perceiver_ar_jax.run_config import Settings, default_config
+from perceiver_ar_jax.run_config import RunConfig, default_config
 
 # ml_collections loads config files in a way that Python 3.12 drops; it has another one for that.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -56,7 +56,7 @@ def check_overrides(overrides, monkeypatch, capsys):
         assert error.startswith("train.py: ") and error.count("\n") == 1
         return
     try:
-        Settings.from_config(train.CONFIG.value)
+        RunConfig.from_config(train.CONFIG.value)
     except ValueError as error:
         assert str(error) and "\n" not in str(error)
 

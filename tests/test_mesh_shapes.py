@@ -77,8 +77,8 @@ def test_activations_are_cut_by_logical_name_and_left_alone_without_a_mesh():
     ("axes", "message"),
     [
         ({"data": 3}, "data=3 × fsdp=1 × tensor=1 × context=1 = 3 devices, but there are 8"),
-        ({"data": -1, "fsdp": 3}, "8 devices are no multiple of 3"),
-        ({"data": -1, "fsdp": -1}, "at most one of them -1"),
+        ({"data": -1, "fsdp": 3}, "8 devices are not a multiple of 3"),
+        ({"data": -1, "fsdp": -1}, "at most one size is -1"),
         ({"data": 0}, "sizes are positive"),
     ],
 )
@@ -97,7 +97,7 @@ def test_a_width_that_does_not_divide_fails_with_the_arithmetic():
 def test_a_batch_that_does_not_divide_fails_with_the_arithmetic():
     mesh = mesh_of(data=2, fsdp=4)
     check_batch_size(16, mesh, microbatches=2)
-    with pytest.raises(ValueError, match="batch_size 12 is no multiple of data=2 × fsdp=4 = 8"):
+    with pytest.raises(ValueError, match="batch_size 12 is not a multiple of data=2 × fsdp=4 = 8"):
         check_batch_size(12, mesh)
     with pytest.raises(ValueError, match="fsdp=4 × 3 microbatches = 24"):
         check_batch_size(16, mesh, microbatches=3)
@@ -148,3 +148,21 @@ def test_generate_gives_the_same_tokens_with_sharded_parameters():
         np.testing.assert_array_equal(
             generate(model, sharded, prompt, num_latents=2, max_new_tokens=8), tokens
         )
+
+
+@pytest.mark.parametrize(
+    ("devices", "data", "fsdp"),
+    [(1, 1, 1), (4, 1, 4), (8, 1, 8), (12, 3, 4), (16, 1, 16), (24, 3, 8), (256, 16, 16)],
+)
+def test_a_fitted_mesh_takes_what_the_devices_and_the_model_allow(devices, data, fsdp):
+    config = MeshConfig(data=-1, fsdp=-1, max_fsdp=16)
+    assert config.sizes(devices, num_channels=1280) == (data, fsdp, 1, 1)
+
+
+def test_a_fitted_mesh_leaves_room_for_explicit_axes_and_stays_strict_with_them():
+    config = MeshConfig(data=-1, fsdp=-1, tensor=2, max_fsdp=16)
+    assert config.sizes(8, num_channels=1280) == (1, 4, 2, 1)
+    with pytest.raises(ValueError, match="7 devices are not a multiple of 2"):
+        config.sizes(7)
+    with pytest.raises(ValueError, match="= 8 devices, but there are 6"):
+        MeshConfig(data=1, fsdp=8, max_fsdp=16).sizes(6)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from failing_commits import fail_commits
-from small_runs import losses, small_run, write_text
+from small_runs import losses, small_run, train, write_text
 
 from perceiver_ar_jax import load_pretrained, train_loop
 from perceiver_ar_jax.training.checkpoint import SaveError
@@ -52,7 +52,7 @@ def start(workdir: Path, text: Path, *flags: str, before: str = "pass") -> subpr
 
 
 def test_a_full_disk_stops_the_run_with_one_line_and_the_step_before_intact(text, tmp_path):
-    code = train_loop.run(small_run(text, steps=6), tmp_path)
+    code = train(small_run(text, steps=6), tmp_path)
     assert code == train_loop.DONE
     # Files may not grow beyond this from here on: smaller than the arrays, larger than the logs.
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))"
@@ -72,7 +72,7 @@ def test_a_full_disk_stops_the_run_with_one_line_and_the_step_before_intact(text
 
 def test_a_folder_that_cannot_be_written_any_more_stops_the_run(text, tmp_path, monkeypatch):
     folder, aside = tmp_path / "checkpoints", tmp_path / "aside"
-    take_step = train_loop._Run._take_step
+    take_step = train_loop._Loop._take_step
 
     def interrupted(self):
         take_step(self)
@@ -81,9 +81,9 @@ def test_a_folder_that_cannot_be_written_any_more_stops_the_run(text, tmp_path, 
             folder.rename(aside)
             folder.write_text("in the way")  # permissions would not stop root
 
-    monkeypatch.setattr(train_loop._Run, "_take_step", interrupted)
+    monkeypatch.setattr(train_loop._Loop, "_take_step", interrupted)
     with pytest.raises(SaveError, match="cannot save a checkpoint in"):
-        train_loop.run(small_run(text, checkpoint_every=2), tmp_path)
+        train(small_run(text, checkpoint_every=2), tmp_path)
     folder.unlink()
     aside.rename(folder)
     assert load_pretrained(tmp_path).step == 2
@@ -96,30 +96,42 @@ def test_a_save_that_fails_in_the_background_stops_the_run_which_can_be_resumed(
     failing.add("4")
     config = small_run(text, steps=8, checkpoint_every=2)
     with pytest.raises(SaveError, match="the disk is gone"):
-        train_loop.run(config, tmp_path)
+        train(config, tmp_path)
     assert steps_kept(tmp_path) == [2]
-    assert train_loop.run(config, tmp_path) == train_loop.DONE
+    assert train(config, tmp_path) == train_loop.DONE
     assert steps_kept(tmp_path) == [6, 8]
 
 
-@pytest.mark.parametrize("moment", ["_compile", "_evaluate", "_save"])
+@pytest.mark.parametrize("moment", ["_take_step", "_evaluate", "_save"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_at_any_moment_saves_the_current_step(
     text, tmp_path, monkeypatch, moment, number, code
 ):
-    real = getattr(train_loop._Run, moment)
+    real = getattr(train_loop._Loop, moment)
 
     def interrupted(self, *arguments, **options):
-        if self.step or moment == "_compile":
+        if self.step or moment == "_take_step":
             signal.raise_signal(number)
         return real(self, *arguments, **options)
 
-    monkeypatch.setattr(train_loop._Run, moment, interrupted)
+    monkeypatch.setattr(train_loop._Loop, moment, interrupted)
     handler = signal.getsignal(signal.SIGINT)
     config = small_run(text, eval_every=3, checkpoint_every=3)
-    assert train_loop.run(config, tmp_path) == code
+    assert train(config, tmp_path) == code
     assert steps_kept(tmp_path)[-1] == max(losses(tmp_path))
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_signal_while_the_step_is_compiled_leaves_before_the_first_step(
+    text, tmp_path, monkeypatch
+):
+    def interrupted(self):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(train_loop._Loop, "_compile", interrupted)
+    assert train(small_run(text), tmp_path) == 143
+    assert not steps_kept(tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
 def test_a_second_signal_leaves_at_once(text, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from small_runs import losses, metrics, small_run, write_text
+from small_runs import losses, metrics, small_run, train, write_text
 
 from perceiver_ar_jax import load_pretrained, train_loop
 from perceiver_ar_jax.evaluation import evaluate
@@ -31,7 +31,7 @@ def text(tmp_path_factory) -> Path:
 def straight(text, tmp_path_factory) -> Path:
     """The workdir of an unbroken run."""
     workdir = tmp_path_factory.mktemp("straight")
-    assert train_loop.run(small_run(text), workdir) == train_loop.DONE
+    assert train(small_run(text), workdir) == train_loop.DONE
     return workdir
 
 
@@ -64,8 +64,8 @@ def test_load_pretrained_reads_a_workdir(straight):
 
 def test_a_stopped_and_resumed_run_has_the_bits_of_a_straight_one(text, straight, tmp_path):
     half = small_run(text, steps=6)
-    assert train_loop.run(half, tmp_path) == train_loop.DONE
-    assert train_loop.run(small_run(text), tmp_path) == train_loop.DONE
+    assert train(half, tmp_path) == train_loop.DONE
+    assert train(small_run(text), tmp_path) == train_loop.DONE
     assert losses(tmp_path) == losses(straight)
     resumed, whole = load_pretrained(tmp_path), load_pretrained(straight)
     jax.tree.map(np.testing.assert_array_equal, resumed.params, whole.params)
@@ -105,7 +105,7 @@ def test_a_signal_during_an_evaluation_saves_the_current_step_too(text, tmp_path
         return result
 
     monkeypatch.setattr(train_loop, "evaluate", preempted)
-    assert train_loop.run(small_run(text, eval_every=3), tmp_path) == 143
+    assert train(small_run(text, eval_every=3), tmp_path) == 143
     assert load_pretrained(tmp_path).step == 3
 
 
@@ -114,7 +114,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_never_saved(text, tmp_pat
     config.optimizer.learning_rate = 1e30
     config.optimizer.warmup_steps = 1
     config.optimizer.clip_norm = 0.0
-    assert train_loop.run(config, tmp_path) == train_loop.NON_FINITE
+    assert train(config, tmp_path) == train_loop.NON_FINITE
     assert "at step" in capsys.readouterr().err
     assert not list((tmp_path / "checkpoints").iterdir())
 
@@ -130,7 +130,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_never_saved(text, tmp_pat
 )
 def test_a_bad_config_is_refused_before_anything_is_written(text, tmp_path, changes, words):
     with pytest.raises(ValueError, match=words):
-        train_loop.run(small_run(text, **changes), tmp_path / "run")
+        train(small_run(text, **changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -139,7 +139,7 @@ def test_all_problems_of_a_config_are_told_at_once(text, tmp_path):
     config.resume_from = "b"
     config.data.source = "also given"
     with pytest.raises(ValueError) as told:
-        train_loop.run(config, tmp_path / "run")
+        train(config, tmp_path / "run")
     for words in ("steps must", "ema_decay must", "num_heads", "exclude", "one of data.source"):
         assert words in str(told.value)
 
@@ -164,21 +164,21 @@ def test_a_mistyped_flag_gets_one_line_and_code_2(tmp_path, flag, words):
 
 def test_a_second_run_in_one_workdir_is_refused(text, tmp_path):
     with claimed(tmp_path), pytest.raises(ValueError, match="another run is writing"):
-        train_loop.run(small_run(text), tmp_path)
+        train(small_run(text), tmp_path)
 
 
 def test_another_model_in_the_workdir_is_refused_with_the_fields(text, straight):
     before = (straight / "config.json").read_text()
     with pytest.raises(ValueError, match=r"another model: num_channels: 32 -> 64"):
-        train_loop.run(small_run(text, model={"num_channels": 64}), straight)
+        train(small_run(text, model={"num_channels": 64}), straight)
     assert (straight / "config.json").read_text() == before
 
 
 def test_a_start_that_failed_binds_nobody(text, tmp_path):
     with pytest.raises(ValueError, match="no data at"):
-        train_loop.run(small_run(tmp_path / "mistyped.txt"), tmp_path / "run")
+        train(small_run(tmp_path / "mistyped.txt"), tmp_path / "run")
     config = small_run(text, steps=1, model={"num_channels": 64})
-    assert train_loop.run(config, tmp_path / "run") == train_loop.DONE
+    assert train(config, tmp_path / "run") == train_loop.DONE
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(text, straight, tmp_path, capsys):
@@ -190,7 +190,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(text, straight
         file.write_bytes(data)
     with pytest.warns(UserWarning, match="step 12"):
         assert load_pretrained(workdir).step == 6
-    assert train_loop.run(small_run(text), workdir) == train_loop.DONE
+    assert train(small_run(text), workdir) == train_loop.DONE
     said = capsys.readouterr()
     assert "step 12" in said.err
     assert "resumed from step 6" in said.out
@@ -203,4 +203,4 @@ def test_without_an_intact_checkpoint_the_run_stops(text, straight, tmp_path):
     for step in (6, 12):
         shutil.rmtree(workdir / f"checkpoints/{step}/params")
     with pytest.raises(CheckpointError, match=r"no intact checkpoint in .*step 12.*step 6"):
-        train_loop.run(small_run(text), workdir)
+        train(small_run(text), workdir)

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from small_runs import losses, metrics, small_run, write_text
+from small_runs import losses, metrics, small_run, train, write_text
 
 from perceiver_ar_jax import load_pretrained, train_loop
 from perceiver_ar_jax.pretrained import save_pretrained
@@ -24,7 +24,7 @@ def text(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def straight(text, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("straight")
-    assert train_loop.run(small_run(text), workdir) == train_loop.DONE
+    assert train(small_run(text), workdir) == train_loop.DONE
     return workdir
 
 
@@ -47,7 +47,7 @@ def test_retention_keeps_the_last_every_so_many_and_the_best(text, tmp_path, mon
     config = small_run(
         text, eval_every=2, checkpoint_every=2, keep_checkpoints=1, keep_every=6, keep_best=True
     )
-    assert train_loop.run(config, tmp_path) == train_loop.DONE
+    assert train(config, tmp_path) == train_loop.DONE
     assert steps_kept(tmp_path) == {4, 6, 12}
     assert load_pretrained(tmp_path, step=4).step == 4
 
@@ -59,26 +59,26 @@ def test_a_run_begins_with_the_weights_it_is_given(text, straight, tmp_path):
     run = small_run(text, init_from=str(tmp_path / "given"), steps=1)
     run.optimizer.learning_rate = 1e-12
     run.optimizer.warmup_steps = 1
-    assert train_loop.run(run, tmp_path / "run") == train_loop.DONE
+    assert train(run, tmp_path / "run") == train_loop.DONE
     trained = load_pretrained(tmp_path / "run")
     assert trained.config.rotary_inv_freq == config.rotary_inv_freq
     assert_same_params(trained, given)
     shutil.rmtree(tmp_path / "given")  # what the run took over it keeps
     run.steps, run.init_from = 2, ""
-    assert train_loop.run(run, tmp_path / "run") == train_loop.DONE
+    assert train(run, tmp_path / "run") == train_loop.DONE
 
 
 def test_weights_of_another_model_are_refused_with_the_fields(text, straight, tmp_path):
     run = small_run(text, init_from=str(straight), model={"num_channels": 64})
     with pytest.raises(ValueError, match=r"is another model: num_channels: 32 -> 64"):
-        train_loop.run(run, tmp_path)
+        train(run, tmp_path)
 
 
 def test_a_run_goes_on_from_another_one_in_a_workdir_of_its_own(text, straight, tmp_path):
     half = small_run(text, steps=6)
-    assert train_loop.run(half, tmp_path / "half") == train_loop.DONE
+    assert train(half, tmp_path / "half") == train_loop.DONE
     whole = small_run(text, resume_from=str(tmp_path / "half"))
-    assert train_loop.run(whole, tmp_path / "whole") == train_loop.DONE
+    assert train(whole, tmp_path / "whole") == train_loop.DONE
     assert steps_kept(tmp_path / "half") == {6}
     expected = losses(straight)
     assert losses(tmp_path / "whole") == {step: expected[step] for step in range(7, 13)}
@@ -86,7 +86,7 @@ def test_a_run_goes_on_from_another_one_in_a_workdir_of_its_own(text, straight, 
 
 def test_a_run_that_averages_its_weights_is_judged_by_the_average(text, tmp_path):
     config = small_run(text, ema_decay=0.5, steps=6)
-    assert train_loop.run(config, tmp_path) == train_loop.DONE
+    assert train(config, tmp_path) == train_loop.DONE
     averaged = load_pretrained(tmp_path).params
     shutil.rmtree(tmp_path / "checkpoints/6/ema")
     with pytest.raises(CheckpointError):
@@ -98,7 +98,7 @@ def test_averaging_may_begin_later(text, straight, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(straight, workdir)
     config = small_run(text, ema_decay=0.5, steps=13)
-    assert train_loop.run(config, workdir) == train_loop.DONE
+    assert train(config, workdir) == train_loop.DONE
     assert steps_kept(workdir) == {12, 13}
     plain = load_pretrained(workdir, step=12).params["output_bias"]
     averaged = load_pretrained(workdir).params["output_bias"]
@@ -109,7 +109,7 @@ def test_skipped_spikes_are_logged_and_survive_a_resume(text, tmp_path):
     def run(workdir, steps):
         config = small_run(text, steps=steps)
         config.optimizer.update({"skip_spikes": True, "spike_window": 3, "spike_threshold": 0.1})
-        assert train_loop.run(config, workdir) == train_loop.DONE
+        assert train(config, workdir) == train_loop.DONE
         return [line["optim/skipped_steps"] for line in metrics(workdir) if "train/loss" in line]
 
     skipped = run(tmp_path / "straight", 12)
@@ -124,9 +124,9 @@ def test_data_that_changed_is_refused_with_a_diff_unless_it_may(text, straight, 
     shutil.copytree(straight, workdir)
     config = small_run(text, steps=13, seed=1)
     with pytest.raises(ValueError, match=r"data differs from the checkpoint's: seed: 0 -> 1"):
-        train_loop.run(config, workdir)
+        train(config, workdir)
     config.data.allow_change = True
-    assert train_loop.run(config, workdir) == train_loop.DONE
+    assert train(config, workdir) == train_loop.DONE
     assert "the data changed, as allowed: seed: 0 -> 1" in capsys.readouterr().out
 
 
@@ -139,14 +139,14 @@ def test_an_optimizer_of_another_shape_is_refused_and_nothing_put_aside(text, st
         ValueError,
         match=r"step 12 .* another model or optimizer; \d+ leaves",
     ):
-        train_loop.run(config, workdir)
+        train(config, workdir)
     assert steps_kept(workdir) == {6, 12}
 
 
 def test_documents_can_be_kept_apart(text, straight, tmp_path):
     config = small_run(text, steps=6)
     config.data.respect_documents = True
-    assert train_loop.run(config, tmp_path) == train_loop.DONE
+    assert train(config, tmp_path) == train_loop.DONE
     apart, crossing = losses(tmp_path), losses(straight)
     assert apart[1] == crossing[1]  # no window of the first batch reaches a second document
     assert apart[6] != crossing[6]
@@ -157,7 +157,7 @@ def test_microbatches_do_not_change_the_loss(text, tmp_path):
         config = small_run(text, steps=2, microbatches=count)
         config.batch_size = 16
         config.model.update({"cross_attention_dropout": 0.0, "residual_dropout": 0.0})
-        assert train_loop.run(config, tmp_path / str(count)) == train_loop.DONE
+        assert train(config, tmp_path / str(count)) == train_loop.DONE
     once, parts = (np.array(list(losses(tmp_path / name).values())) for name in "12")
     np.testing.assert_allclose(once, parts, rtol=1e-5)
 
@@ -173,19 +173,19 @@ def test_steps_and_evaluations_are_compiled_once(text, tmp_path, monkeypatch):
     monkeypatch.setattr(step_file, "_loss_sum", counting)
     config = small_run(text, eval_every=2, steps=6)
     config.model.init_scale = 0.03  # a model that no other test has compiled for evaluation
-    assert train_loop.run(config, tmp_path) == train_loop.DONE
+    assert train(config, tmp_path) == train_loop.DONE
     assert traced == {"train": 1, "eval": 1}
 
 
 def test_the_profiler_watches_the_steps_it_is_told_to(text, tmp_path):
     config = small_run(text, steps=4)
     config.profile.first_step, config.profile.num_steps = 1, 2
-    assert train_loop.run(config, tmp_path) == train_loop.DONE
+    assert train(config, tmp_path) == train_loop.DONE
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
 def test_memory_of_a_step_is_told_once(text, tmp_path, capsys):
-    assert train_loop.run(small_run(text, steps=2), tmp_path) == train_loop.DONE
+    assert train(small_run(text, steps=2), tmp_path) == train_loop.DONE
     assert capsys.readouterr().out.count("GiB of state and batch") == 1
 
 
@@ -194,7 +194,7 @@ def test_goodput_adds_up_over_starts(text, straight, tmp_path):
     shutil.copytree(straight, workdir)
     shutil.rmtree(workdir / "checkpoints/12")  # as if killed before it was saved
     before = json.loads((workdir / "goodput.json").read_text())
-    assert train_loop.run(small_run(text), workdir) == train_loop.DONE
+    assert train(small_run(text), workdir) == train_loop.DONE
     after = json.loads((workdir / "goodput.json").read_text())
     assert after["lost_steps"] == 6
     assert after["starts"] == 2

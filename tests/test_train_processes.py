@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_runs import losses, metrics
+from small_runs import losses, metrics, train
 from train_processes import ROOT, start_processes, wait
 
 from configs import c4_base
@@ -75,7 +75,7 @@ def config_of(flags: list[str], **changes):
 def straight(flags, tmp_path_factory) -> Path:
     """An unbroken run in this process, fsdp over all its devices."""
     workdir = tmp_path_factory.mktemp("straight")
-    assert train_loop.run(config_of(flags), workdir) == train_loop.DONE
+    assert train(config_of(flags), workdir) == train_loop.DONE
     return workdir
 
 
@@ -103,7 +103,7 @@ def test_a_run_goes_on_on_other_numbers_of_devices_and_processes(flags, straight
         until = [*flags, f"--config.steps={steps}"]
         codes, said = wait(start_processes(tmp_path, until, processes=processes, devices=devices))
         assert codes == [0] * processes, said
-    assert train_loop.run(config_of(flags), tmp_path) == train_loop.DONE
+    assert train(config_of(flags), tmp_path) == train_loop.DONE
     assert_same_losses(tmp_path, straight)
 
 
@@ -122,7 +122,7 @@ def test_sigterm_to_one_of_two_ends_both_at_one_step_and_one_process_goes_on(
     saved = load_pretrained(tmp_path)  # knows nothing of the mesh
     assert saved.step == max(losses(tmp_path))
     steps = saved.step + 2
-    assert train_loop.run(config_of(flags, steps=steps), tmp_path) == train_loop.DONE
+    assert train(config_of(flags, steps=steps), tmp_path) == train_loop.DONE
     assert load_pretrained(tmp_path).step == steps
     seen = losses(tmp_path)
     early = range(1, 1 + min(6, steps))

@@ -14,32 +14,71 @@ BATCH_AXES = (DATA, FSDP)
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How many devices each axis of the mesh has; one of them may be -1, the rest of all."""
+    """How many devices each axis of the mesh has; one of them may be -1, the rest of all.
+
+    With `max_fsdp` above 0, `data` and `fsdp` may both be -1: fsdp is then the largest size up to
+    `max_fsdp` that divides the devices, and data the rest.
+    """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
     context: int = 1
+    max_fsdp: int = 0  # of a mesh with data=-1 and fsdp=-1
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the size of fsdp follows from the number of devices."""
+        return self.max_fsdp > 0 and self.data == -1 and self.fsdp == -1
+
+    def sizes(self, num_devices: int, num_channels: int | None = None) -> tuple[int, ...]:
+        """The size of each axis on so many devices.
+
+        Args:
+          num_devices: of the whole mesh.
+          num_channels: what fsdp divides; a fitted size is a divisor of it.
+
+        Raises:
+          ValueError: if the axes do not multiply to the number of devices; says the arithmetic.
+        """
+        sizes = [getattr(self, axis) for axis in AXES]
+        product = " × ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+        if any(size == 0 or size < -1 for size in sizes) or self.max_fsdp < 0:
+            raise ValueError(f"mesh {product}: sizes are positive, or -1 for the rest")
+        if sizes.count(-1) > 1 and not (self.is_fitted and sizes.count(-1) == 2):
+            raise ValueError(
+                f"mesh {product}: at most one size is -1, or data and fsdp together with max_fsdp"
+            )
+        known = math.prod(size for size in sizes if size != -1)
+        if -1 not in sizes and known != num_devices:
+            raise ValueError(f"mesh {product} = {known} devices, but there are {num_devices}")
+        if num_devices % known:
+            raise ValueError(f"mesh {product}: {num_devices} devices are not a multiple of {known}")
+        rest = num_devices // known
+        if self.is_fitted:
+            fsdp = math.gcd(rest, num_channels or 0)  # gcd(rest, 0) is rest
+            sizes[AXES.index(FSDP)] = next(
+                size for size in range(min(self.max_fsdp, fsdp), 0, -1) if fsdp % size == 0
+            )
+            rest //= sizes[AXES.index(FSDP)]
+        if -1 in sizes:
+            sizes[sizes.index(-1)] = rest
+        return tuple(sizes)
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    config: MeshConfig,
+    devices: list[jax.Device] | None = None,
+    *,
+    num_channels: int | None = None,
+) -> Mesh:
     """The mesh over all devices; neighbours on an axis are neighbours on a TPU's torus.
 
     Raises:
       ValueError: if the axes do not multiply to the number of devices; says the arithmetic.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = list(dataclasses.astuple(config))
-    product = " × ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
-    known = math.prod(size for size in sizes if size != -1)
-    if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
-        raise ValueError(f"mesh {product}: sizes are positive, at most one of them -1")
-    if -1 in sizes:
-        if len(devices) % known:
-            raise ValueError(f"mesh {product}: {len(devices)} devices are no multiple of {known}")
-        sizes[sizes.index(-1)] = len(devices) // known
-    elif known != len(devices):
-        raise ValueError(f"mesh {product} = {known} devices, but there are {len(devices)}")
+    sizes = config.sizes(len(devices), num_channels)
     placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(placed, AXES)
 
@@ -51,7 +90,7 @@ def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None
         axes = " × ".join(f"{axis}={mesh.shape[axis]}" for axis in BATCH_AXES)
         times = f" × {microbatches} microbatches" if microbatches > 1 else ""
         raise ValueError(
-            f"batch_size {batch_size} is no multiple of {axes}{times} = {parts * microbatches}"
+            f"batch_size {batch_size} is not a multiple of {axes}{times} = {parts * microbatches}"
         )
 
 

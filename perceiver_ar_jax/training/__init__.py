@@ -1,5 +1,6 @@
 from perceiver_ar_jax.training.optimizer import (
     OptimizerConfig,
+    learning_rate_at,
     learning_rate_schedule,
     make_optimizer,
 )
@@ -11,6 +12,7 @@ __all__ = [
     "OptimizerConfig",
     "TrainState",
     "eval_step",
+    "learning_rate_at",
     "learning_rate_schedule",
     "make_optimizer",
     "train_step",

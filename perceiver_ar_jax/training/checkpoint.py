@@ -28,6 +28,8 @@ from perceiver_ar_jax.training.state import TrainState
 class CheckpointError(Exception):
     """There is no intact checkpoint; the message says where and why."""
 
+    exit_code = 4  # of a script that it ends
+
 
 class SaveError(OSError):
     """A checkpoint could not be written; earlier ones are intact."""

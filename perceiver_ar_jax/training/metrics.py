@@ -1,13 +1,16 @@
 """Where the numbers of a run go: metrics.jsonl, TensorBoard and the terminal."""
 
+import collections
+import datetime
 import json
 import math
 import sys
-import time
 from collections.abc import Callable, Mapping
 
 import rich.progress
 from etils import epath
+
+RECENT_WINDOWS = 10  # that the ETA is computed from
 
 
 class MetricsWriter:
@@ -60,29 +63,33 @@ class Progress:
     """One live line with ETA on a terminal, plain lines in a pipe."""
 
     def __init__(self, step: int, total: int):
-        self._total, self._first, self._start = total, step, time.monotonic()
+        self._total = total
+        self._recent = collections.deque(maxlen=RECENT_WINDOWS)
         self._console = rich.console.Console(file=sys.stdout, highlight=False)
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("step {task.completed}/{task.total}"),
             rich.progress.BarColumn(),
             rich.progress.TextColumn("{task.fields[text]}"),
             rich.progress.TimeElapsedColumn(),
-            rich.progress.TextColumn("ETA"),
-            rich.progress.TimeRemainingColumn(),
+            rich.progress.TextColumn("{task.fields[eta]}"),
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._task = self._bar.add_task("train", total=total, completed=step, text="compiling")
+        self._task = self._bar.add_task(
+            "train", total=total, completed=step, text="compiling", eta=""
+        )
         self._bar.start()
+
+    def took(self, steps: int, seconds: float) -> None:
+        """Takes in how long a window of steps took."""
+        self._recent.append((steps, seconds))
 
     def update(self, step: int, text: str) -> None:
         """Shows where the run is; in a pipe, a line."""
-        self._bar.update(self._task, completed=step, text=text)
-        if not self._console.is_terminal and step > self._first:
-            seconds = time.monotonic() - self._start
-            left = seconds / (step - self._first) * (self._total - step)
-            minutes, seconds = divmod(round(left), 60)
-            print(f"step {step}/{self._total}  {text}  ETA {minutes}:{seconds:02d}", flush=True)
+        eta = self._eta(step)
+        self._bar.update(self._task, completed=step, text=text, eta=eta)
+        if not self._console.is_terminal:
+            print(f"step {step}/{self._total}  {text}{eta and '  '}{eta}", flush=True)
 
     def print(self, text: str) -> None:
         """A line above the live one."""
@@ -91,6 +98,14 @@ class Progress:
     def close(self) -> None:
         """Leaves the last state of the line standing."""
         self._bar.stop()
+
+    def _eta(self, step):
+        """By the steps of the last windows, without compilation and evaluations."""
+        if not self._recent or step == self._total:
+            return ""
+        steps, seconds = map(sum, zip(*self._recent, strict=True))
+        left = datetime.timedelta(seconds=round(seconds / steps * (self._total - step)))
+        return f"ETA {left}"
 
 
 class Silent:

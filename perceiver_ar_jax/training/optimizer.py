@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import optax
 
@@ -59,6 +60,16 @@ def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
         decay_steps=max(config.total_steps, config.warmup_steps + 1),
         end_value=config.learning_rate * config.min_fraction,
     )
+
+
+def learning_rate_at(config: OptimizerConfig, step: int) -> float:
+    """`learning_rate_schedule` on the host: what a log line reads must not wait for a device."""
+    if step < config.warmup_steps:
+        return config.learning_rate * step / config.warmup_steps
+    decay_steps = max(config.total_steps - config.warmup_steps, 1)
+    progress = min((step - config.warmup_steps) / decay_steps, 1.0)
+    cosine = (1 + math.cos(math.pi * progress)) / 2
+    return config.learning_rate * (config.min_fraction + (1 - config.min_fraction) * cosine)
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
