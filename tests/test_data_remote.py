@@ -108,6 +108,18 @@ def test_tfrecords_and_json_lines_are_read_from_a_bucket(bucket, local):
         assert texts_of(pickle.loads(pickle.dumps(remote))) == texts_of(remote)
 
 
+def test_a_dataset_of_a_bucket_is_found_by_its_name(bucket, local, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", f"{bucket}/t")
+    for name in ("c4/en:3.0.1", "c4"):
+        assert texts_of(open_source(name, "train")) == texts_of(
+            open_source(f"{local}/t/c4/en/3.0.1", "train")
+        )
+    with pytest.raises(
+        ValueError, match=r"gs://bucket/t/c4/en/1.0.0 is not there .* has c4/en:3.0"
+    ):
+        open_source("c4/en:1.0.0", "train")
+
+
 def test_array_records_are_read_from_a_bucket(storage, local):
     remote = open_source(f"{storage}/a/c4/en/3.0.1", "train")
     assert texts_of(remote) == texts_of(open_source(f"{local}/a/c4/en/3.0.1", "train"))
