@@ -49,19 +49,12 @@ def evaluate(
       to_device: places a batch, as `parallel.to_global` does on a mesh.
     """
     step = _compiled_step(model, prefix_len)
-    batches = (to_device(_with_weights(arrays)) for arrays in batches)
-    sums = list(one_at_a_time(lambda batch: step(params, *batch), batches))
+    batches = (to_device(Batch(**arrays)) for arrays in batches)
+    sums = list(one_at_a_time(functools.partial(step, params), batches))
     if not sums:
         raise ValueError("there is no text to evaluate on")
     nats, tokens = np.sum(sums, axis=0, dtype=np.float64)
     return Evaluation(loss=nats / tokens, num_tokens=round(tokens), num_bytes=num_bytes)
-
-
-def _with_weights(arrays):
-    batch = Batch(
-        arrays["tokens"], arrays["targets"], arrays["pad_mask"], arrays.get("segment_ids")
-    )
-    return batch, arrays["weights"]
 
 
 @functools.cache

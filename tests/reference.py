@@ -18,10 +18,10 @@ from perceiver_ar_jax.training import (
     Batch,
     OptimizerConfig,
     TrainState,
-    eval_step,
     make_optimizer,
     train_step,
 )
+from perceiver_ar_jax.training.step import loss_sum
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -170,9 +170,9 @@ def gradient_errors(seed: int) -> dict[str, float]:
     @quick_jit
     @jax.grad
     def gradients(params):
-        batch, weights = Batch(tokens, targets, pads), np.ones(tokens.shape, np.float32)
-        loss, count = eval_step(params, batch, weights, model=model, prefix_len=prefix_len)
-        return loss / count
+        batch, weights = Batch(tokens, targets, pads), np.ones(logits.shape[:2], np.float32)
+        loss = loss_sum(params, batch, weights, model=model, prefix_len=prefix_len)
+        return loss / weights.sum()
 
     ours = to_torch(gradients(params), model.config)
     errors = {}

@@ -164,13 +164,12 @@ def test_training_and_evaluation_steps_read_the_segment_ids_of_a_batch():
     tx = make_optimizer(OptimizerConfig(warmup_steps=0, total_steps=2))
     state = TrainState.create(params=random_params(config), tx=tx)
     shared = {"model": PerceiverAR(config), "prefix_len": PREFIX_LEN}
-    weights = np.where(PADS, 0, 1).astype(np.float32)
 
     @quick_jit
     def losses(segment_ids):
         batch = Batch(TOKENS, TOKENS, PADS, segment_ids)
         _, metrics = train_step(state, batch, key=jax.random.key(0), **shared)
-        nats, count = eval_step(state.params, batch, weights, **shared)
+        nats, count = eval_step(state.params, batch, **shared)
         return metrics["loss"], nats / count
 
     def expected(params):

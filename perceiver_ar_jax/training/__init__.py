@@ -5,7 +5,7 @@ from perceiver_ar_jax.training.optimizer import (
     make_optimizer,
 )
 from perceiver_ar_jax.training.state import Batch, TrainState
-from perceiver_ar_jax.training.step import eval_step, train_step
+from perceiver_ar_jax.training.step import eval_step, token_log_probs, train_step
 
 __all__ = [
     "Batch",
@@ -15,5 +15,6 @@ __all__ = [
     "learning_rate_at",
     "learning_rate_schedule",
     "make_optimizer",
+    "token_log_probs",
     "train_step",
 ]

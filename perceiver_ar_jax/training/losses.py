@@ -1,3 +1,5 @@
+"""The head and the loss in one, so that the logits of a whole batch never exist at once."""
+
 import jax
 import jax.numpy as jnp
 
@@ -27,22 +29,33 @@ def cross_entropy(
       targets_BL: token ids.
       weights_BL: the weight of each position, 0 at padding; float32.
     """
-    bias_V = jnp.zeros(embedding_VD.shape[0], jnp.float32) if bias_V is None else bias_V
+    bias_V = _bias(bias_V, embedding_VD)
     return _cross_entropy(hidden_BLD, embedding_VD, bias_V, targets_BL, weights_BL)
+
+
+def token_nats(
+    hidden_BLD: jax.Array,
+    embedding_VD: jax.Array,
+    bias_V: jax.Array | None,
+    targets_BL: jax.Array,
+) -> jax.Array:
+    """-log p(target) of each token in nats, (B, L) float32; arguments as in `cross_entropy`."""
+    bias_V = _bias(bias_V, embedding_VD)
+    embedding_VD = embedding_VD.astype(hidden_BLD.dtype)
+
+    def chunk_nats(_, chunk):
+        hidden_BCD, targets_BC = chunk
+        logits_BCV = _logits(hidden_BCD, embedding_VD, bias_V)
+        return None, jax.nn.logsumexp(logits_BCV, axis=-1) - _at(logits_BCV, targets_BC)
+
+    chunks = _chunks(embedding_VD.shape[0], hidden_BLD, targets_BL)
+    _, nats = jax.lax.scan(chunk_nats, None, chunks)
+    return jnp.swapaxes(nats, 0, 1).reshape(targets_BL.shape)
 
 
 @jax.custom_vjp
 def _cross_entropy(hidden_BLD, embedding_VD, bias_V, targets_BL, weights_BL):
-    embedding_VD = embedding_VD.astype(hidden_BLD.dtype)
-
-    def chunk_loss(total, chunk):
-        hidden_BCD, targets_BC, weights_BC = chunk
-        logits_BCV = _logits(hidden_BCD, embedding_VD, bias_V)
-        loss_BC = jax.nn.logsumexp(logits_BCV, axis=-1) - _at(logits_BCV, targets_BC)
-        return total + (loss_BC * weights_BC).sum(), None
-
-    chunks = _chunks(embedding_VD.shape[0], hidden_BLD, targets_BL, weights_BL)
-    return jax.lax.scan(chunk_loss, jnp.float32(0), chunks)[0]
+    return (token_nats(hidden_BLD, embedding_VD, bias_V, targets_BL) * weights_BL).sum()
 
 
 def _forward(hidden_BLD, embedding_VD, bias_V, targets_BL, weights_BL):
@@ -92,6 +105,10 @@ def _backward(gradients, dtotal):
 
 
 _cross_entropy.defvjp(_forward, _backward)
+
+
+def _bias(bias_V, embedding_VD):
+    return jnp.zeros(embedding_VD.shape[0], jnp.float32) if bias_V is None else bias_V
 
 
 def _logits(hidden_BCD, embedding_VD, bias_V):

@@ -1,3 +1,4 @@
+import functools
 from typing import Any
 
 import jax
@@ -8,22 +9,40 @@ from flax import struct
 
 @struct.dataclass
 class Batch:
-    """One batch of left-padded windows."""
+    """One batch of left-padded windows; the keywords are the names of the loader's arrays."""
 
     tokens: jax.Array  # (B, S) int32
     targets: jax.Array  # (B, S) int32, the next token at each position
     pad_mask: jax.Array  # (B, S) bool, True at pads
-    segment_ids: jax.Array | None = None  # (B, S) int32: None lets attention cross documents
+    segment_ids: jax.Array | None = None  # (B, S) int32; None: attention crosses documents
+    weights: jax.Array | None = None  # (B, S) float32, of each target; None: 1, and 0 at pads
+
+    def latent_weights(self, prefix_len: int) -> jax.Array:
+        """The weight of each latent's target, (B, L) float32."""
+        weights_BS = ~self.pad_mask if self.weights is None else self.weights
+        return weights_BS[:, prefix_len:].astype(jnp.float32)
+
+    @classmethod
+    def abstract(cls, batch_size: int, length: int, *, with_segment_ids: bool) -> "Batch":
+        """Shapes and dtypes of the loader's batches, to compile for."""
+        rows = functools.partial(jax.ShapeDtypeStruct, (batch_size, length))
+        return cls(
+            tokens=rows(jnp.int32),
+            targets=rows(jnp.int32),
+            pad_mask=rows(jnp.bool_),
+            segment_ids=rows(jnp.int32) if with_segment_ids else None,
+            weights=rows(jnp.float32),
+        )
 
 
 @struct.dataclass
 class TrainState:
-    """Everything that a step changes."""
+    """Everything that a training step changes."""
 
     step: jax.Array  # int32 scalar, steps taken
     params: Any
     opt_state: optax.OptState
-    ema_params: Any | None  # a running average of the parameters, if one is taken
+    ema_params: Any | None  # a running average of the parameters, or None
     tx: optax.GradientTransformation = struct.field(pytree_node=False)
     ema_decay: float = struct.field(pytree_node=False)
 
@@ -31,7 +50,7 @@ class TrainState:
     def create(
         cls, *, params: Any, tx: optax.GradientTransformation, ema_decay: float = 0.0
     ) -> "TrainState":
-        """The state before the first step; `ema_decay` 0 takes no average."""
+        """The state before the first step; with `ema_decay` 0 no average is kept."""
         return cls(
             step=jnp.int32(0),
             params=params,
@@ -43,5 +62,5 @@ class TrainState:
 
     @property
     def inference_params(self) -> Any:
-        """What the run is judged by: the averaged parameters, if there are any."""
+        """The parameters to evaluate and sample with: the averaged ones, if there are any."""
         return self.params if self.ema_params is None else self.ema_params

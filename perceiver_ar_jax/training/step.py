@@ -1,4 +1,10 @@
+"""One training step, one evaluation step, and the log-probabilities under both.
+
+All weigh tokens by `Batch.latent_weights`.
+"""
+
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +12,7 @@ import optax
 
 from perceiver_ar_jax.model import PerceiverAR
 from perceiver_ar_jax.parallel import on_own_rows
-from perceiver_ar_jax.training.losses import cross_entropy
+from perceiver_ar_jax.training.losses import cross_entropy, token_nats
 from perceiver_ar_jax.training.state import Batch, TrainState
 
 
@@ -19,7 +25,7 @@ def train_step(
     key: jax.Array,
     microbatches: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step on the mean loss of the latents that are no padding.
+    """One optimizer step on the weighted mean loss of the latents.
 
     Pure; jit it with `static_argnames=("model", "prefix_len", "microbatches")` and donate the
     state.
@@ -30,24 +36,26 @@ def train_step(
       model: static under jit.
       prefix_len: static under jit.
       key: of the whole run; the step is folded in.
-      microbatches: into how many parts each device cuts its rows, to hold the activations of one
-        at a time. Gradients are exchanged once a step all the same, so each device holds the
-        whole weights and their gradient meanwhile: 8 bytes a parameter. Dropout then draws
-        differently on each number of devices.
+      microbatches: steps of gradient accumulation, to reduce activation memory. Gradients are
+        still reduced over devices once per step, so each device holds all parameters and their
+        gradient meanwhile, 8 bytes per parameter. Dropout masks then depend on the number of
+        devices.
 
     Returns:
       The next state, and metrics: "loss" in nats per token, "grad_norm" before clipping, and
-      "tokens", how many targets counted; with `skip_spikes` also "skipped", how many steps of the
-      run so far were left out.
+      "tokens", the sum of the weights; with `skip_spikes` also "skipped", the number of skipped
+      steps so far.
     """
-    counted_BL = (~batch.pad_mask[:, prefix_len:]).astype(jnp.float32)
-    num_targets = counted_BL.sum()
-    weights_BL = counted_BL / jnp.maximum(num_targets, 1.0)
+    weights_BL = batch.latent_weights(prefix_len)
+    num_targets = weights_BL.sum()
+    weights_BL = weights_BL / jnp.maximum(num_targets, 1.0)
     step_key = jax.random.fold_in(key, state.step)
-    take = jax.value_and_grad(functools.partial(_loss_sum, model=model, prefix_len=prefix_len))
+    differentiate = jax.value_and_grad(
+        functools.partial(loss_sum, model=model, prefix_len=prefix_len)
+    )
     if microbatches > 1:
-        take = _in_parts(take, microbatches)
-    loss, gradients = take(state.params, batch, weights_BL, step_key)
+        differentiate = _accumulated(differentiate, microbatches)
+    loss, gradients = differentiate(state.params, batch, weights_BL, step_key)
     tx = optax.with_extra_args_support(state.tx)
     updates, opt_state = tx.update(gradients, state.opt_state, state.params, value=loss)
     params = optax.apply_updates(state.params, updates)
@@ -63,16 +71,35 @@ def train_step(
 
 
 def eval_step(
-    params, batch: Batch, weights_BS: jax.Array, *, model: PerceiverAR, prefix_len: int
+    params: Any, batch: Batch, *, model: PerceiverAR, prefix_len: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Sum of -log p(target) in nats over the latents, weighted, and the sum of the weights."""
-    weights_BL = weights_BS[:, prefix_len:]
-    loss_sum = _loss_sum(params, batch, weights_BL, model=model, prefix_len=prefix_len)
-    return loss_sum, weights_BL.sum()
+    """Weighted sum of -log p(target) in nats over the latents, and the sum of the weights."""
+    weights_BL = batch.latent_weights(prefix_len)
+    log_probs_BL = token_log_probs(params, batch, model=model, prefix_len=prefix_len)
+    return -(log_probs_BL * weights_BL).sum(), weights_BL.sum()
 
 
-def _in_parts(loss_and_gradients, microbatches):
-    """The same function of the whole batch, each device taking its rows part by part."""
+def token_log_probs(params: Any, batch: Batch, *, model: PerceiverAR, prefix_len: int) -> jax.Array:
+    """Log-probability of the target of each latent, (B, L) float32, in nats; unweighted."""
+    return -token_nats(*_head_inputs(params, batch, model=model, prefix_len=prefix_len))
+
+
+def loss_sum(
+    params: Any,
+    batch: Batch,
+    weights_BL: jax.Array,
+    dropout_key: jax.Array | None = None,
+    *,
+    model: PerceiverAR,
+    prefix_len: int,
+) -> jax.Array:
+    """Weighted sum of -log p(target) in nats, to differentiate; with a key, under dropout."""
+    inputs = _head_inputs(params, batch, dropout_key, model=model, prefix_len=prefix_len)
+    return cross_entropy(*inputs, weights_BL)
+
+
+def _accumulated(loss_and_gradients, microbatches):
+    """The same function of the whole batch; each device accumulates over parts of its rows."""
 
     def own_rows(params, *rows):
         cut = lambda x: x.reshape(microbatches, len(x) // microbatches, *x.shape[1:])
@@ -93,7 +120,8 @@ def _in_parts(loss_and_gradients, microbatches):
     return whole_batch
 
 
-def _loss_sum(params, batch, weights_BL, dropout_key=None, *, model, prefix_len):
+def _head_inputs(params, batch, dropout_key=None, *, model, prefix_len):
+    """What the head reads, its parameters, and the targets of the latents."""
     hidden_BLD = model.apply(
         {"params": params},
         batch.tokens,
@@ -104,10 +132,5 @@ def _loss_sum(params, batch, weights_BL, dropout_key=None, *, model, prefix_len)
         rngs=None if dropout_key is None else {"dropout": dropout_key},
         method="hidden",
     )
-    return cross_entropy(
-        hidden_BLD,
-        params["token_embedding"]["embedding"],
-        params.get("output_bias"),
-        batch.targets[:, prefix_len:],
-        weights_BL,
-    )
+    embedding_VD = params["token_embedding"]["embedding"]
+    return hidden_BLD, embedding_VD, params.get("output_bias"), batch.targets[:, prefix_len:]
