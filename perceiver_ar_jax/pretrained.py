@@ -20,7 +20,7 @@ from etils import epath
 from perceiver_ar_jax import text_generation
 from perceiver_ar_jax._version import __version__
 from perceiver_ar_jax.config import PerceiverARConfig
-from perceiver_ar_jax.model import PerceiverAR, init_params
+from perceiver_ar_jax.model import PerceiverAR, init_params, prepare_for_decoding
 
 CONFIG_FILE, TOKENIZER_FOLDER, CHECKPOINTS_FOLDER = "config.json", "tokenizer", "checkpoints"
 
@@ -35,6 +35,11 @@ class Pretrained:
     tokenizer: Any  # None where the checkpoint has none
     step: int  # steps trained; 0 for a converted model
     respect_documents: bool = False  # trained with attention that stays inside a document
+
+    @functools.cached_property
+    def decoding_params(self) -> Any:
+        """The parameters as `generate` reads them, made once."""
+        return prepare_for_decoding(self.params, self.config)
 
     def generate_text(self, prompts: Sequence[str], **options) -> list[str]:
         """What follows each prompt, up to the end of text; prompt + continuation is the whole.
@@ -57,7 +62,7 @@ class Pretrained:
         A piece is empty where a token completes no character. Closing the iterator ends the work.
         """
         return text_generation.stream_text(
-            self.model, self.params, self.tokenizer, prompt, **options
+            self.model, self.decoding_params, self.tokenizer, prompt, **options
         )
 
     def continue_texts(
@@ -73,7 +78,7 @@ class Pretrained:
         """
         return text_generation.continue_texts(
             self.model,
-            self.params,
+            self.decoding_params,
             self.tokenizer,
             prompts,
             on_first_token=on_first_token,

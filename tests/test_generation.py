@@ -16,14 +16,11 @@ from perceiver_ar_jax.generation import (
     save_prefilled,
     stream,
 )
-from perceiver_ar_jax.generation.loop import (
-    Decoder,
-    Ending,
-    TokenByToken,
-    continue_until,
-)
+from perceiver_ar_jax.generation.loop import Decoder, continue_until
 from perceiver_ar_jax.generation.sampling import Greedy
-from perceiver_ar_jax.model import init_params
+from perceiver_ar_jax.generation.texts import Ending
+from perceiver_ar_jax.generation.token_by_token import TokenByToken
+from perceiver_ar_jax.model import init_params, prepare_for_decoding
 
 CONFIG = PerceiverARConfig(
     vocab_size=50,
@@ -53,6 +50,7 @@ def params(model):
 class CountingContext:
     """A prompt that a model has read which predicts the number after the last one."""
 
+    tokens_BS: jax.Array
     hidden_BLD: jax.Array
 
     def seen(self, vocab_size):
@@ -65,7 +63,8 @@ def count_from(start, new_tokens, ending):
 
     decoder = Decoder(step=lambda tokens_B, state: (one_hot(tokens_B), state + 1), head=lambda x: x)
     method = TokenByToken(Greedy())
-    context = CountingContext(one_hot(jnp.array(start))[:, None])
+    prompt_BS = jnp.array(start)[:, None]
+    context = CountingContext(prompt_BS, one_hot(prompt_BS))
     progress = method.begin(decoder, context, jnp.int32(0), ending=ending, max_new_tokens=12)
     return continue_until(decoder, method, progress, ending, jnp.int32(new_tokens))
 
@@ -73,19 +72,19 @@ def count_from(start, new_tokens, ending):
 def test_loop_feeds_each_token_back():
     progress = count_from([3, 60], 9, Ending(jnp.array([-1]), jnp.int32(0)))
     expected = [[*range(4, 13), 0, 0, 0], [*range(61, 70), 0, 0, 0]]
-    np.testing.assert_array_equal(progress.tokens_BT, expected)
+    np.testing.assert_array_equal(progress.texts.tokens_RT, expected)
     assert progress.state == 8  # the last token is not read
 
 
 def test_ended_rows_are_padded_while_others_go_on():
     progress = count_from([3, 60], 9, Ending(jnp.array([6, 99]), jnp.int32(1)))
     expected = [[4, 5, 6, *[1] * 9], [*range(61, 70), 1, 1, 1]]
-    np.testing.assert_array_equal(progress.tokens_BT, expected)
+    np.testing.assert_array_equal(progress.texts.tokens_RT, expected)
 
 
 def test_loop_stops_when_all_rows_have_ended():
     progress = count_from([3, 60], 9, Ending(jnp.array([6, 63]), jnp.int32(1)))
-    assert progress.count == 3
+    assert progress.texts.count == 3
 
 
 def test_result_is_prompt_and_new_tokens(model, params):
@@ -242,6 +241,24 @@ def test_log_probs_after_the_end_are_zero(model, params):
     generated = generate_with_log_probs(model, params, [[1, 2, 3]], eos_token_id=int(first))
     assert generated.log_probs[0, 0] < 0
     assert (generated.log_probs[0, 1:] == 0).all()
+
+
+def test_prepared_parameters_give_the_same_and_are_prepared_once(model, params):
+    prepared = prepare_for_decoding(params, CONFIG)
+    assert prepare_for_decoding(prepared, CONFIG) is prepared
+    for x, y in zip(
+        generate_with_log_probs(model, prepared, [[1, 2, 3]]),
+        generate_with_log_probs(model, params, [[1, 2, 3]]),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(x, y)
+    read = prefill(model, prepared, [[1, 2, 3]])
+    np.testing.assert_array_equal(
+        generate(model, params, read), generate(model, prepared, [[1, 2, 3]])
+    )
+    tokens = jnp.array([[1, 2, 3]])
+    logits = [model.apply({"params": x}, tokens, prefix_len=1) for x in (params, prepared)]
+    np.testing.assert_array_equal(*logits)
 
 
 def test_a_prompt_read_once_is_continued_many_times(model, params):

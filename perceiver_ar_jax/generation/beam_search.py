@@ -7,35 +7,31 @@ import jax.numpy as jnp
 from flax import struct
 
 from perceiver_ar_jax.generation.context import Context
-from perceiver_ar_jax.generation.loop import Decoder, Ending
+from perceiver_ar_jax.generation.loop import Decoder
 from perceiver_ar_jax.generation.sampling import RepetitionPenalty
+from perceiver_ar_jax.generation.texts import Ending, Texts
 
 
 @struct.dataclass
 class Hypotheses:
-    """Texts with their scores, M a prompt."""
+    """Texts with their scores, M per prompt."""
 
     tokens_BMT: jax.Array
     log_probs_BMT: jax.Array
     scores_BM: jax.Array
 
-    def take(self, beams_BM: jax.Array) -> "Hypotheses":
-        """Some of each prompt's hypotheses, in that order."""
-        rows_B1 = jnp.arange(len(beams_BM))[:, None]
-        return jax.tree.map(lambda x: x[rows_B1, beams_BM], self)
-
-    def write(self, tokens_BM: jax.Array, log_probs_BM: jax.Array, count: jax.Array):
-        """Appends a token to each."""
-        return self.replace(
-            tokens_BMT=self.tokens_BMT.at[:, :, count].set(tokens_BM),
-            log_probs_BMT=self.log_probs_BMT.at[:, :, count].set(log_probs_BM),
-        )
+    @classmethod
+    def of(cls, texts: Texts, scores_BM: jax.Array) -> "Hypotheses":
+        """Texts of B × M rows, scored."""
+        shape = (*scores_BM.shape, -1)
+        return cls(texts.tokens_RT.reshape(shape), texts.log_probs_RT.reshape(shape), scores_BM)
 
     def best_with(self, others: "Hypotheses") -> "Hypotheses":
         """The M best of both, the best first; earlier ones win ties."""
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), self, others)
         _, order_BM = jax.lax.top_k(both.scores_BM, self.scores_BM.shape[1])
-        return both.take(order_BM)
+        rows_B1 = jnp.arange(len(order_BM))[:, None]
+        return jax.tree.map(lambda x: x[rows_B1, order_BM], both)
 
 
 @struct.dataclass
@@ -43,11 +39,10 @@ class BeamProgress:
     """What beam search carries from token to token."""
 
     state: Any  # of the policy, B × M rows
-    beams: Hypotheses  # still open; scores are sums of log-probabilities
+    texts: Texts  # the open beams, B × M rows
+    scores_BM: jax.Array  # sums of their log-probabilities
     finished: Hypotheses  # scores are -inf where there is none yet
-    seen_BMV: jax.Array
     ended_B: jax.Array
-    count: jax.Array
 
 
 @struct.dataclass
@@ -85,59 +80,60 @@ class BeamSearch:
         """The first tokens; `context` holds each prompt `num_beams` times in a row."""
         logits_RV = decoder.head(context.hidden_BLD[:, -1])
         shape_BM = (len(logits_RV) // self.num_beams, self.num_beams)
-        empty = Hypotheses(
-            tokens_BMT=jnp.full((*shape_BM, max_new_tokens), ending.pad, jnp.int32),
-            log_probs_BMT=jnp.zeros((*shape_BM, max_new_tokens), jnp.float32),
-            scores_BM=jnp.full(shape_BM, -jnp.inf),
+        texts = Texts.empty(
+            context,
+            vocab_size=logits_RV.shape[1],
+            ending=ending,
+            max_new_tokens=max_new_tokens,
         )
         progress = BeamProgress(
             state=state,
-            # All beams are the same text still: the first one alone may be continued.
-            beams=empty.replace(scores_BM=jnp.full(shape_BM, -1e9).at[:, 0].set(0.0)),
-            finished=empty,
-            seen_BMV=context.seen(logits_RV.shape[1]).reshape(*shape_BM, -1),
+            texts=texts,
+            # All beams are still the same text, so only the first one is continued.
+            scores_BM=jnp.full(shape_BM, -1e9).at[:, 0].set(0.0),
+            finished=Hypotheses.of(texts, jnp.full(shape_BM, -jnp.inf)),
             ended_B=jnp.zeros(shape_BM[0], bool),
-            count=jnp.int32(0),
         )
         return self._extend(logits_RV, progress, ending)
 
     def advance(self, decoder: Decoder, progress: BeamProgress, ending: Ending) -> BeamProgress:
         """One more token for each open beam."""
-        newest_BM = progress.beams.tokens_BMT[:, :, progress.count - 1]
-        hidden_RD, state = decoder.step(newest_BM.reshape(-1), progress.state)
+        hidden_RD, state = decoder.step(progress.texts.newest_R, progress.state)
         return self._extend(decoder.head(hidden_RD), progress.replace(state=state), ending)
 
     @jax.jit
     def finish(self, progress: BeamProgress) -> tuple[jax.Array, jax.Array]:
         """The best texts and their log-probabilities, (B × num_return_sequences, T) each."""
-        open_BM = self._scores(progress.beams.scores_BM, progress.count)
+        open_BM = self._scores(progress.scores_BM, progress.texts.count)
         open_BM = jnp.where(progress.ended_B[:, None], -jnp.inf, open_BM)
-        best = progress.finished.best_with(progress.beams.replace(scores_BM=open_BM))
-        texts = (best.tokens_BMT, best.log_probs_BMT)
+        best = progress.finished.best_with(Hypotheses.of(progress.texts, open_BM))
         return jax.tree.map(
-            lambda x: x[:, : self.num_return_sequences].reshape(-1, x.shape[-1]), texts
+            lambda x: x[:, : self.num_return_sequences].reshape(-1, x.shape[-1]),
+            (best.tokens_BMT, best.log_probs_BMT),
         )
 
     def _extend(self, logits_RV, progress, ending):
-        beams, count = progress.beams, progress.count
-        batch, width = beams.scores_BM.shape
+        texts, count = progress.texts, progress.texts.count
+        batch, width = progress.scores_BM.shape
         vocab_size = logits_RV.shape[1]
-        log_probs_BMV = jax.nn.log_softmax(logits_RV).reshape(batch, width, vocab_size)
-        scores_BMV = self.penalty(log_probs_BMV, progress.seen_BMV)
-        scores_BMV = (scores_BMV + beams.scores_BM[..., None]).reshape(batch, -1)
-        # As many candidates as it takes to go on with `width` of them whatever else ends.
-        num_candidates = width * (1 + len(ending.eos_E))
-        scores_BK, flat_BK = jax.lax.top_k(scores_BMV, num_candidates)
-        parents_BK, tokens_BK = flat_BK // vocab_size, flat_BK % vocab_size
-        log_probs_BK = jnp.take_along_axis(log_probs_BMV.reshape(batch, -1), flat_BK, axis=1)
-        is_eos_BK = ending.is_eos(tokens_BK.reshape(-1)).reshape(tokens_BK.shape)
+        log_probs_RV = jax.nn.log_softmax(logits_RV)
+        scores_BMV = self.penalty(log_probs_RV, texts.seen_RV).reshape(batch, width, vocab_size)
+        scores_BMV = (scores_BMV + progress.scores_BM[..., None]).reshape(batch, -1)
+        # As many candidates as it takes to go on with `width` of them, whichever of them end.
+        scores_BK, flat_BK = jax.lax.top_k(scores_BMV, width * (1 + len(ending.eos_E)))
+        log_probs_BK = jnp.take_along_axis(log_probs_RV.reshape(batch, -1), flat_BK, axis=1)
+        parents_BK = jnp.arange(batch)[:, None] * width + flat_BK // vocab_size  # rows of `texts`
+        tokens_BK = flat_BK % vocab_size
+        is_eos_BK = ending.is_eos(tokens_BK)
 
-        first_eos = jnp.broadcast_to(ending.eos_E[0], (batch, width))
         ending_BM = is_eos_BK[:, :width] & ~progress.ended_B[:, None]
         ended_scores_BM = self._scores(scores_BK[:, :width], count + 1)
-        ended = beams.take(parents_BK[:, :width]).write(first_eos, log_probs_BK[:, :width], count)
+        first_eos_R = jnp.broadcast_to(ending.eos_E[0], batch * width)
+        ended = texts.take(parents_BK[:, :width].reshape(-1)).append(
+            first_eos_R, log_probs_BK[:, :width].reshape(-1), ending
+        )
         finished = progress.finished.best_with(
-            ended.replace(scores_BM=jnp.where(ending_BM, ended_scores_BM, -jnp.inf))
+            Hypotheses.of(ended, jnp.where(ending_BM, ended_scores_BM, -jnp.inf))
         )
 
         going_on_BM = jnp.argsort(is_eos_BK, axis=1, stable=True)[:, :width]
@@ -145,17 +141,16 @@ class BeamSearch:
             jnp.take_along_axis(x, going_on_BM, axis=1)
             for x in (scores_BK, parents_BK, tokens_BK, log_probs_BK)
         )
-        beams = beams.take(parents_BM).write(tokens_BM, log_probs_BM, count)
-        rows_B1 = jnp.arange(batch)[:, None]
-        seen_BMV = progress.seen_BMV[rows_B1, parents_BM]
+        parents_R = parents_BM.reshape(-1)
         done_B = self._is_done(finished.scores_BM.min(axis=1), scores_BK[:, 0], count + 1)
         return BeamProgress(
-            state=progress.state.take((rows_B1 * width + parents_BM).reshape(-1)),
-            beams=beams.replace(scores_BM=scores_BM),
+            state=progress.state.take(parents_R),
+            texts=texts.take(parents_R).append(
+                tokens_BM.reshape(-1), log_probs_BM.reshape(-1), ending
+            ),
+            scores_BM=scores_BM,
             finished=finished,
-            seen_BMV=seen_BMV.at[rows_B1, jnp.arange(width), tokens_BM].set(True),
             ended_B=progress.ended_B | done_B,
-            count=count + 1,
         )
 
     def _scores(self, log_probs, length):

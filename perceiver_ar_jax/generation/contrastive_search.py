@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from perceiver_ar_jax.generation.context import Context
-from perceiver_ar_jax.generation.loop import Decoder, Ending, put
+from perceiver_ar_jax.generation.loop import Decoder
 from perceiver_ar_jax.generation.sampling import RepetitionPenalty
+from perceiver_ar_jax.generation.texts import Ending, Texts
 
 
 @struct.dataclass
@@ -16,14 +17,15 @@ class ContrastiveProgress:
     """What contrastive search carries from token to token."""
 
     state: Any  # of the policy
+    texts: Texts
     logits_BV: jax.Array  # of the next token
     directions_BCD: jax.Array  # hidden states of the latents so far, of unit length
     hidden_mask_BC: jax.Array  # True where there is one
-    tokens_BT: jax.Array
-    log_probs_BT: jax.Array
-    seen_BV: jax.Array
-    ended_B: jax.Array
-    count: jax.Array
+
+    @property
+    def ended_B(self) -> jax.Array:
+        """Prompts that need no more tokens."""
+        return self.texts.ended_R
 
 
 @struct.dataclass
@@ -56,7 +58,7 @@ class ContrastiveSearch:
         max_new_tokens: int,
     ) -> ContrastiveProgress:
         """No token yet: the first one too is chosen among candidates that the model has read."""
-        batch, columns, _ = context.hidden_BLD.shape
+        columns = context.hidden_BLD.shape[1]
         logits_BV = decoder.head(context.hidden_BLD[:, -1])
         room = ((0, 0), (0, max_new_tokens), (0, 0))
         prefix_len = context.tokens_BS.shape[1] - columns
@@ -64,54 +66,51 @@ class ContrastiveSearch:
         columns_C = jnp.arange(columns + max_new_tokens)
         return ContrastiveProgress(
             state=state,
+            texts=Texts.empty(
+                context,
+                vocab_size=logits_BV.shape[1],
+                ending=ending,
+                max_new_tokens=max_new_tokens,
+            ),
             logits_BV=logits_BV,
             directions_BCD=jnp.pad(_direction(context.hidden_BLD), room),
             hidden_mask_BC=(columns_C >= first_B1) & (columns_C < columns),
-            tokens_BT=jnp.full((batch, max_new_tokens), ending.pad, jnp.int32),
-            log_probs_BT=jnp.zeros((batch, max_new_tokens), jnp.float32),
-            seen_BV=context.seen(logits_BV.shape[1]),
-            ended_B=jnp.zeros(batch, bool),
-            count=jnp.int32(0),
         )
 
     def advance(
         self, decoder: Decoder, progress: ContrastiveProgress, ending: Ending
     ) -> ContrastiveProgress:
         """One more token: reads all candidates, keeps one."""
-        batch, count = len(progress.tokens_BT), progress.count
-        log_probs_BV = jax.nn.log_softmax(progress.logits_BV)
-        probs_BV = jax.nn.softmax(self.penalty(progress.logits_BV, progress.seen_BV))
+        texts = progress.texts
+        rows_B = jnp.arange(len(texts.tokens_RT))
+        probs_BV = jax.nn.softmax(self.penalty(progress.logits_BV, texts.seen_RV))
         probs_BK, candidates_BK = jax.lax.top_k(probs_BV, self.top_k)
-        rows_R = jnp.repeat(jnp.arange(batch), self.top_k)
-        hidden_RD, state = decoder.step(candidates_BK.reshape(-1), progress.state.take(rows_R))
-        hidden_BKD = hidden_RD.reshape(batch, self.top_k, -1)
+        hidden_RD, state = decoder.step(
+            candidates_BK.reshape(-1), progress.state.take(jnp.repeat(rows_B, self.top_k))
+        )
+        hidden_BKD = hidden_RD.reshape(*candidates_BK.shape, -1)
         direction_BKD = _direction(hidden_BKD)
         cosines_BKC = jnp.einsum("BKD,BCD->BKC", direction_BKD, progress.directions_BCD)
         cosines_BKC = jnp.where(progress.hidden_mask_BC[:, None], cosines_BKC, -jnp.inf)
         alpha = self.penalty_alpha
         chosen_B = ((1 - alpha) * probs_BK - alpha * cosines_BKC.max(axis=-1)).argmax(axis=1)
 
-        rows_B = jnp.arange(batch)
-        tokens_B = jnp.where(progress.ended_B, ending.pad, candidates_BK[rows_B, chosen_B])
-        log_probs_B = jnp.where(progress.ended_B, 0.0, log_probs_BV[rows_B, tokens_B])
-        column = progress.directions_BCD.shape[1] - progress.tokens_BT.shape[1] + count
-        return progress.replace(
+        tokens_B = candidates_BK[rows_B, chosen_B]
+        log_probs_B = jax.nn.log_softmax(progress.logits_BV)[rows_B, tokens_B]
+        column = progress.directions_BCD.shape[1] - texts.tokens_RT.shape[1] + texts.count
+        return ContrastiveProgress(
             state=state.take(rows_B * self.top_k + chosen_B),
+            texts=texts.append(tokens_B, log_probs_B, ending),
             logits_BV=decoder.head(hidden_BKD[rows_B, chosen_B]),
             directions_BCD=progress.directions_BCD.at[:, column].set(
                 direction_BKD[rows_B, chosen_B]
             ),
             hidden_mask_BC=progress.hidden_mask_BC.at[:, column].set(True),
-            tokens_BT=put(progress.tokens_BT, tokens_B, count),
-            log_probs_BT=put(progress.log_probs_BT, log_probs_B, count),
-            seen_BV=progress.seen_BV.at[rows_B, tokens_B].set(True),
-            ended_B=progress.ended_B | ending.is_eos(tokens_B),
-            count=count + 1,
         )
 
     def finish(self, progress: ContrastiveProgress) -> tuple[jax.Array, jax.Array]:
         """New tokens and their log-probabilities, (B, T) each."""
-        return progress.tokens_BT, progress.log_probs_BT
+        return progress.texts.tokens_RT, progress.texts.log_probs_RT
 
 
 def _direction(hidden):

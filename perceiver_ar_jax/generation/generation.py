@@ -12,9 +12,9 @@ from jax.experimental import multihost_utils
 from perceiver_ar_jax.generation.context import mesh_of
 from perceiver_ar_jax.generation.loop import Decoder, continue_until
 from perceiver_ar_jax.generation.options import Options
-from perceiver_ar_jax.generation.prefilled import Prefilled, prefill
+from perceiver_ar_jax.generation.prefilled import Prefilled, check_model, prefill
 from perceiver_ar_jax.generation.prompt import bucket_size
-from perceiver_ar_jax.model import PerceiverAR
+from perceiver_ar_jax.model import PerceiverAR, prepare_for_decoding
 
 
 class Generated(NamedTuple):
@@ -37,15 +37,16 @@ class Generation:
         num_latents: int = 1,
         pad_mask: np.ndarray | None = None,
     ):
+        check_model(model, params)
+        params = prepare_for_decoding(params, model.config)
         if isinstance(prompt, Prefilled):
-            prompt.check(model, params)
+            prompt.check(model.config, params)
         else:
             prompt = prefill(model, params, prompt, num_latents=num_latents, pad_mask=pad_mask)
         options.check_against(model.config, num_prompts=len(prompt.tokens_BS))
         num_ids = np.int32(options.vocab_size or model.config.vocab_size)
-        embedding_DV = _transposed_embedding(params, model=model)
         self._options, self._prompt, self._params = options, prompt, params
-        self._inputs = (params, embedding_DV, num_ids, options.method, options.ending)
+        self._inputs = (params, num_ids, options.method, options.ending)
         self._static = {"model": model, "policy": options.decoding_policy}
         self._progress = None
 
@@ -60,14 +61,14 @@ class Generation:
             self._progress = _continue_until(
                 *self._inputs, self._progress, np.int32(count), **self._static
             )
-        return int(self._progress.count)
+        return int(self._progress.texts.count)
 
     def new_tokens(self) -> Iterator[np.ndarray]:
         """The new tokens, (B,) at a time, each computed when it is asked for."""
         for count in range(1, self._options.max_new_tokens + 1):
             if self.advance_to(count) < count:
                 return
-            yield _on_host(self._progress.tokens_BT)[:, count - 1]
+            yield _on_host(self._progress.texts.tokens_RT)[:, count - 1]
 
     def result(self) -> Generated:
         """Prompt and all new tokens, after what is missing was added."""
@@ -88,20 +89,12 @@ def _on_host(x):
     return multihost_utils.process_allgather(x, tiled=True)
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _transposed_embedding(params, *, model):
-    # XLA's matrix × vector on CPU is eight times slower with the rows the other way round.
-    return model.apply({"params": params}, method="transposed_embedding")
-
-
 @functools.partial(jax.jit, static_argnames=("max_new_tokens", "model", "policy"))
-def _begin(
-    params, embedding_DV, num_ids, method, ending, context, *, max_new_tokens, model, policy
-):
+def _begin(params, num_ids, method, ending, context, *, max_new_tokens, model, policy):
     rows_R = jnp.repeat(jnp.arange(len(context.tokens_BS)), method.rows_per_prompt)
     context = context.take(rows_R)
     return method.begin(
-        _decoder(params, embedding_DV, num_ids, model, policy),
+        _decoder(params, num_ids, model, policy),
         context,
         policy.start(context, max_new_tokens, model.config),
         ending=ending,
@@ -110,18 +103,14 @@ def _begin(
 
 
 @functools.partial(jax.jit, static_argnames=("model", "policy"), donate_argnames="progress")
-def _continue_until(
-    params, embedding_DV, num_ids, method, ending, progress, count, *, model, policy
-):
-    decoder = _decoder(params, embedding_DV, num_ids, model, policy)
+def _continue_until(params, num_ids, method, ending, progress, count, *, model, policy):
+    decoder = _decoder(params, num_ids, model, policy)
     return continue_until(decoder, method, progress, ending, count)
 
 
-def _decoder(params, embedding_DV, num_ids, model, policy):
+def _decoder(params, num_ids, model, policy):
     def head(hidden_BD):
-        logits_B1V = model.apply(
-            {"params": params}, hidden_BD[:, None], embedding_DV, method="logits"
-        )
+        logits_B1V = model.apply({"params": params}, hidden_BD[:, None], method="logits")
         is_usable_V = jnp.arange(logits_B1V.shape[-1]) < num_ids
         return jnp.where(is_usable_V, logits_B1V[:, 0], -jnp.inf)
 

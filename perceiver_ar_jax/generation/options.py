@@ -13,7 +13,7 @@ import numpy as np
 from perceiver_ar_jax.config import PerceiverARConfig
 from perceiver_ar_jax.generation.beam_search import BeamSearch
 from perceiver_ar_jax.generation.contrastive_search import ContrastiveSearch
-from perceiver_ar_jax.generation.loop import Ending, Method, TokenByToken
+from perceiver_ar_jax.generation.loop import Method
 from perceiver_ar_jax.generation.policies import POLICIES, Policy
 from perceiver_ar_jax.generation.sampling import (
     Greedy,
@@ -24,6 +24,8 @@ from perceiver_ar_jax.generation.sampling import (
     TopK,
     TopP,
 )
+from perceiver_ar_jax.generation.texts import Ending
+from perceiver_ar_jax.generation.token_by_token import TokenByToken
 
 GREEDY_BELOW = 1e-6  # temperatures that sample the most likely token anyway, or divide by zero
 WHOLE_NUMBERS = (

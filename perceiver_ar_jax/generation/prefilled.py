@@ -10,9 +10,10 @@ import jax
 import numpy as np
 from flax import serialization
 
+from perceiver_ar_jax.config import PerceiverARConfig
 from perceiver_ar_jax.generation import prompt as prompts
 from perceiver_ar_jax.generation.context import Context, fingerprint, mesh_of, read_prompt
-from perceiver_ar_jax.model import PerceiverAR
+from perceiver_ar_jax.model import PerceiverAR, prepare_for_decoding
 from perceiver_ar_jax.model.cache import Cache, LayerCache
 
 
@@ -24,10 +25,8 @@ class Prefilled(NamedTuple):
     context: Context
     fingerprint: jax.Array  # of the parameters that read the prompt
 
-    def check(self, model: PerceiverAR, params: Any) -> None:
-        """Raises ValueError where another model has read the prompt."""
-        check_model(model, params)
-        config = model.config
+    def check(self, config: PerceiverARConfig, params: Any) -> None:
+        """Raises ValueError where another model has read the prompt; `params` are prepared."""
         keys = self.context.cache.cross.k.shape[-3:-1]
         read_by = (len(self.context.cache.layers), *keys)
         asked = (config.num_self_attention_layers, config.num_heads, config.head_dim)
@@ -58,6 +57,7 @@ def prefill(
 ) -> Prefilled:
     """Reads a prompt once, to be continued many times; arguments as in `generate`."""
     check_model(model, params)
+    params = prepare_for_decoding(params, model.config)
     try:
         num_latents = operator.index(num_latents)
     except TypeError:

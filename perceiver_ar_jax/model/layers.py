@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from perceiver_ar_jax.config import PerceiverARConfig
 from perceiver_ar_jax.model import attention
 from perceiver_ar_jax.model.cache import KeysValues, LayerCache
+from perceiver_ar_jax.model.decoding_params import TiedEmbedding
 from perceiver_ar_jax.model.positions import Rotation, rotate
 from perceiver_ar_jax.parallel import constrain, has_context
 
@@ -29,8 +30,15 @@ class Embedding(nn.Module):
     def __call__(self, indices: jax.Array) -> jax.Array:
         """Rows of the table, (..., D)."""
         # Whole rows on each device: else the lookup of all rows of the batch happens everywhere.
-        table = constrain(jnp.asarray(self.embedding), "vocab", None)
-        return table[indices].astype(jnp.float32)
+        table = self.embedding
+        table = table.embedding_VD if isinstance(table, TiedEmbedding) else table
+        return constrain(jnp.asarray(table), "vocab", None)[indices].astype(jnp.float32)
+
+    def head(self) -> jax.Array:
+        """The table as the head reads it, (D, rows)."""
+        if isinstance(self.embedding, TiedEmbedding):
+            return self.embedding.head_DV
+        return self.embedding.astype(self.config.dtype).T
 
 
 class Dense(nn.Module):

@@ -96,21 +96,13 @@ class PerceiverAR(nn.Module):
         x_BLD, _, *inner = self._read(tokens_BS, prefix_len, pad_mask, segment_ids, deterministic)
         return self._normed(self._layers(x_BLD, *inner, deterministic))
 
-    def logits(self, hidden_BLD: jax.Array, embedding_DV: jax.Array | None = None) -> jax.Array:
-        """The head, tied to the token embedding: (B, L, D) to (B, L, V) float32.
-
-        Decoding passes `embedding_DV`, made once by `transposed_embedding`.
-        """
-        if embedding_DV is None:
-            embedding_DV = self.transposed_embedding()
+    def logits(self, hidden_BLD: jax.Array) -> jax.Array:
+        """The head, tied to the token embedding: (B, L, D) to (B, L, V) float32."""
+        head_DV = self.token_embedding.head()
         logits_BLV = jnp.einsum(
-            "BLD,DV->BLV", hidden_BLD, embedding_DV, preferred_element_type=jnp.float32
+            "BLD,DV->BLV", hidden_BLD, head_DV, preferred_element_type=jnp.float32
         )
         return logits_BLV + self.output_bias if self.config.output_bias else logits_BLV
-
-    def transposed_embedding(self) -> jax.Array:
-        """The token embedding as the head reads it fastest for one position at a time, (D, V)."""
-        return self.token_embedding.embedding.astype(self.config.dtype).T
 
     def prefill(
         self, tokens_BS: jax.Array, prefix_len: int, pad_mask: jax.Array | None = None
