@@ -1,11 +1,11 @@
-"""Decoding speed beside perceiver-io's generate(use_cache=True), in interleaved rounds.
+"""Decoding speed against perceiver-io's generate(use_cache=True), in interleaved rounds.
 
     python benchmarks/decoding.py --model bytes_small --batch 1 --prompt 1024 --new 128
 
 Prints one JSON object: tokens per second of the token loop alone, batch counted, the best round of
 each; `ratio` is the median over rounds of reference time / our time. Needs requirements-parity.txt.
 The weights are random. Time of the loop: a run of `new` tokens less a run of one. On one core
-(taskset -c 1) it is CPU time, which other work on the machine hardly changes, else wall time.
+(taskset -c 1) it is CPU time, which other work on the machine hardly changes, otherwise wall time.
 """
 
 import argparse

@@ -32,7 +32,7 @@ class Pretrained:
     model: PerceiverAR
     params: Any
     config: PerceiverARConfig
-    tokenizer: Any  # None where the checkpoint has none
+    tokenizer: Any  # None if the checkpoint has none
     step: int  # steps trained; 0 for a converted model
     respect_documents: bool = False  # trained with attention that stays inside a document
 
@@ -124,7 +124,7 @@ def save_pretrained(
     """Writes a folder that `load_pretrained` reads.
 
     Args:
-      folder: made if it is not there.
+      folder: created if it does not exist.
       config: of the model.
       params: nested dicts of arrays.
       tokenizer_files: copied into it, under the names they have.
@@ -166,7 +166,7 @@ def write_description(
 
 
 def _description(folder: Path) -> Mapping[str, Any] | None:
-    """The `config.json` of a folder of ours; None if it is none of ours."""
+    """The `config.json` of a folder of ours; None for any other folder."""
     path = folder / CONFIG_FILE
     if not path.is_file():
         if folder.is_dir() and (folder / CHECKPOINTS_FOLDER).is_dir():

@@ -1,4 +1,4 @@
-"""perceiver-io's `generate(use_cache=True)` beside ours: small models whose text is varied."""
+"""perceiver-io's `generate(use_cache=True)` and ours, on small models whose text is varied."""
 
 import functools
 import random

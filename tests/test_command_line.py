@@ -112,7 +112,7 @@ def test_the_speed_of_sample_does_not_count_compilation(monkeypatch, capsys):
     assert capsys.readouterr().err == expected
 
 
-def test_a_prompt_file_that_is_no_text_is_named(model_folder, tmp_path):
+def test_a_prompt_file_that_is_not_text_is_named(model_folder, tmp_path):
     (tmp_path / "prompts").write_bytes(b"\xff\xfe")
     result = run("sample.py", "--model", model_folder, "--prompt_file", tmp_path / "prompts")
     assert result.returncode == 2

@@ -1,4 +1,4 @@
-"""`generate` and its kin, without the reference beside it."""
+"""`generate`, `stream` and `prefill`, without the reference."""
 
 import itertools
 
@@ -145,7 +145,7 @@ def test_a_temperature_of_almost_0_is_greedy(model, params, temperature):
     np.testing.assert_array_equal(generate(model, params, [[1, 2, 3]], **options), greedy)
 
 
-def test_several_sequences_a_prompt_stand_together_and_differ(model, params):
+def test_several_sequences_per_prompt_stand_together_and_differ(model, params):
     tokens = generate(
         model,
         params,
@@ -281,7 +281,7 @@ def test_a_prompt_read_once_survives_a_file_bit_for_bit(params, tmp_path, dtype)
     np.testing.assert_array_equal(generate(model, params, loaded), generate(model, params, read))
 
 
-def test_a_file_that_is_no_prefilled_prompt_is_refused(tmp_path):
+def test_a_file_that_is_not_a_prefilled_prompt_is_refused(tmp_path):
     (tmp_path / "prompt").write_bytes(b"some text")
     with pytest.raises(ValueError, match="does not hold a prefilled prompt"):
         load_prefilled(tmp_path / "prompt")

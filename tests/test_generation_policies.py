@@ -40,7 +40,7 @@ def next_token(params, tokens, pad_mask, *, model, latents):
 
 
 def full_passes(model, params, prompt, num_latents, refill):
-    """Greedy continuation by a full pass a token; `refill` latents when they are used up."""
+    """Greedy continuation by a full pass per token; `refill` latents when they are used up."""
     config = model.config
 
     tokens, latents = list(prompt), num_latents

@@ -74,7 +74,7 @@ def draw() -> Drawing:
         HEIGHT,
         title="Decoding policies",
         description="What each new token reads under slide, recompute and reset, for 4 latents "
-        "and at most 6 tokens of prefix: under slide the oldest latent joins the prefix as it is; "
+        "and at most 6 tokens of prefix: under slide the oldest latent joins the prefix unchanged; "
         "recompute reads all tokens again for each new one; reset does so when the latents are "
         "used up, and leaves room for the next.",
     )
@@ -85,8 +85,8 @@ def draw() -> Drawing:
         y = _y(length) - 12
         drawing.text(14, y + 4, label, size=11, fill=MUTED)
         drawing.line(FIRST_PANEL, y, WIDTH - 14, y, stroke=EDGE)
-    _panel(drawing, 0, slide, "slide", "a step a token")
-    _panel(drawing, 1, recompute, "recompute", "then a full pass a token")
+    _panel(drawing, 0, slide, "slide", "one step per token")
+    _panel(drawing, 1, recompute, "recompute", "then a full pass per token")
     _panel(
         drawing, 2, reset, "reset, refill = 2", f"then a full pass every {N - REFILL + 1} tokens"
     )

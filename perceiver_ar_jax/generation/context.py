@@ -25,7 +25,7 @@ class Context:
         return Context(self.tokens_BS[rows_B], self.hidden_BLD[rows_B], self.cache.take(rows_B))
 
     def seen(self, vocab_size: int) -> jax.Array:
-        """Which tokens occur in each row, pads aside, (B, V)."""
+        """Which tokens occur in each row, not counting pads, (B, V)."""
         batch, columns = self.tokens_BS.shape
         pads_BS = jnp.arange(columns) < self.cache.pads_B[:, None]
         tokens_BS = jnp.where(pads_BS, vocab_size, self.tokens_BS)
@@ -50,7 +50,7 @@ def read_prompt(
 
 
 def fingerprint(params: Any) -> jax.Array:
-    """A number that other parameters hardly share, from a few elements of each array."""
+    """A number that differs between checkpoints, from a few elements of each array."""
     total = jnp.uint32(0)
     for x in jax.tree.leaves(params):
         few = x[(slice(0, 1),) * (x.ndim - 1) + (slice(0, 16),)].astype(jnp.float32)
@@ -59,7 +59,7 @@ def fingerprint(params: Any) -> jax.Array:
 
 
 def mesh_of(params: Any) -> contextlib.AbstractContextManager:
-    """Inside, activations lie on the mesh that the parameters lie on, if on any."""
+    """Within this context activations are placed on the mesh of the parameters, if there is one."""
     sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
     if isinstance(sharding, jax.sharding.NamedSharding):
         return use_mesh(sharding.mesh)

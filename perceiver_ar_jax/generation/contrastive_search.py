@@ -30,10 +30,10 @@ class ContrastiveProgress:
 
 @struct.dataclass
 class ContrastiveSearch:
-    """Of the k likeliest tokens, takes the one whose hidden state least resembles those before.
+    """Of the k likeliest tokens, takes the one whose hidden state is least like earlier ones.
 
     It maximises (1 - α) × probability - α × the largest cosine with an earlier hidden state; the
-    latents of the prompt count, its prefix has none.
+    prompt's latents count; its prefix has no hidden states.
 
     Source: Su et al. 2022 (arXiv 2202.06417); `GenerationMixin._contrastive_search` of
     transformers 4.44.
@@ -45,7 +45,7 @@ class ContrastiveSearch:
 
     @property
     def rows_per_prompt(self) -> int:
-        """Rows that the model reads for each prompt, candidates aside."""
+        """Rows that the model reads for each prompt, not counting candidates."""
         return 1
 
     def begin(

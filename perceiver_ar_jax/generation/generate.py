@@ -22,8 +22,8 @@ def generate(
 ) -> np.ndarray:
     """Prompt and continuation, (B, S + max_new_tokens) int32.
 
-    Where the prompt has pads and where a row has ended there is pad_token_id. One jitted prefill,
-    then one jitted loop; prompts of similar lengths share their compilation.
+    Pads of the prompt, and whatever follows the end of a row, become pad_token_id. One jitted
+    prefill, then one jitted loop; prompts of similar lengths share compiled programs.
 
     What follows a prompt does not depend on the other rows, on padding or on max_new_tokens (up to
     rounding of the logits, and to `Reset`, whose schedule counts the columns of the batch). When
@@ -87,7 +87,7 @@ def stream(
     """
     options = Options.of(**options)
     if options.num_beams > 1:
-        raise ValueError("beam search knows no token before its end: stream needs num_beams=1")
+        raise ValueError("beam search settles no token before its end: stream needs num_beams=1")
     return Generation(
         model, params, prompt, options, num_latents=num_latents, pad_mask=pad_mask
     ).new_tokens()

@@ -60,11 +60,11 @@ class Options:
     num_beams: int = 1  # above 1: beam search
     length_penalty: float = 1.0  # of beam search: above 0 favours longer texts
     early_stopping: bool | str = False  # of beam search: True, False or "never"
-    num_return_sequences: int = 1  # a prompt, from sampling or beam search
+    num_return_sequences: int = 1  # per prompt, from sampling or beam search
     eos_token_id: int | Sequence[int] | None = None  # one of these ends a row
     pad_token_id: int = 0  # fills ended rows
     vocab_size: int | None = None  # the tokenizer's; ids from there up are never chosen
-    policy: str | Policy = "slide"  # or "recompute", "reset", or a policy of your own making
+    policy: str | Policy = "slide"  # or "recompute", "reset", or a policy of your own
     rng: jax.Array | None = None  # of sampling: a jax.random.key, or one per row of the result
 
     def __post_init__(self):
@@ -90,7 +90,7 @@ class Options:
 
     @property
     def ending(self) -> Ending:
-        """What ends a row; -1, which no token is, where nothing does."""
+        """What ends a row; the id -1, which no token has, where nothing does."""
         eos = (-1,) if self.eos_token_id is None else self.eos_token_id
         return Ending(np.array(eos, np.int32), np.int32(self.pad_token_id))
 
@@ -153,7 +153,7 @@ class Options:
             )
 
     def _normalise(self):
-        """Replaces values by those of the documented types; yields what is of no such type."""
+        """Converts values to the documented types; yields a line for each that cannot be."""
 
         def convert(name, to, expected):
             value = getattr(self, name)

@@ -1,7 +1,7 @@
 """Decoding policies: what a new token reads once the latents are used up.
 
 A policy is a hashable value, static under jit. `start` makes the decoding state of a prompt,
-`step` reads one more token a row. States are pytrees with `take(rows)`.
+`step` reads one more token per row. States are pytrees with `take(rows)`.
 """
 
 import dataclasses
@@ -26,12 +26,12 @@ class Policy(Protocol):
     def step(
         self, model: PerceiverAR, params: Any, tokens_B: jax.Array, state: Any
     ) -> tuple[jax.Array, Any]:
-        """Reads one token a row: its hidden state (B, D), and the new state."""
+        """Reads one token per row: its hidden state (B, D), and the new state."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Slide:
-    """Every new token is a latent; the oldest latent becomes prefix as it is, uncomputed.
+    """Every new token is a latent; the oldest latent becomes prefix without being recomputed.
 
     The fastest policy. Latents that became prefix keep the keys and values of a latent.
     Source: `generate(use_cache=True)` of perceiver-io 0.11.
@@ -65,7 +65,7 @@ class Window:
         return Window(self.cache.take(rows_B), self.tokens_BW[rows_B], self.pads_B[rows_B])
 
     def append(self, tokens_B: jax.Array) -> "Window":
-        """Moves the window by one token a row; the cache has not read it yet."""
+        """Moves the window by one token per row; the cache has not read it yet."""
         tokens_BW = jnp.concatenate([self.tokens_BW[:, 1:], tokens_B[:, None]], axis=1)
         return Window(self.cache, tokens_BW, jnp.maximum(self.pads_B - 1, 0))
 
@@ -75,7 +75,7 @@ class Reset:
     """When the latents are used up, one full pass makes the newest `refill` tokens the latents.
 
     So what has become prefix is read as prefix, unlike in `Slide`. Between two such passes the
-    cache is exact: tokens cost a step, and one in (max_latents - refill + 1) costs a full pass.
+    cache is exact: a token costs a step, one in (max_latents - refill + 1) a full pass.
     The pass reads at most max_prefix_len + refill tokens, the newest.
 
     Source: paper (arXiv 2202.07765), appendix E.3.
@@ -105,7 +105,7 @@ class Reset:
     def step(
         self, model: PerceiverAR, params: Any, tokens_B: jax.Array, state: Window
     ) -> tuple[jax.Array, Window]:
-        """One step over the cache while latents are left, else a full pass over the window."""
+        """One step over the cache while latents are left, otherwise a full pass over the window."""
         full = state.cache.num_latents == model.config.max_latents
         state = state.append(tokens_B)
 
@@ -135,7 +135,7 @@ class Reset:
 
 @dataclasses.dataclass(frozen=True)
 class Recompute(Reset):
-    """A full pass a token once the latents are used up: the oldest becomes prefix each time.
+    """A full pass per token once the latents are used up: the oldest becomes prefix each time.
 
     Every token comes from an exact pass over the newest max_seq_len tokens, the newest max_latents
     of them latents. The slowest policy. Until the latents are used up the cache is exact too.

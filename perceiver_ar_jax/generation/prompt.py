@@ -1,4 +1,4 @@
-"""Prompts as users give them: checked, padded on the left, brought to one of few shapes."""
+"""Prompts as users give them: checked, padded on the left, rounded to one of a few shapes."""
 
 from collections.abc import Sequence
 
@@ -74,10 +74,10 @@ def check(
 def in_bucket(
     tokens_BS: np.ndarray, pad_mask_BS: np.ndarray, num_latents: int, config: PerceiverARConfig
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Tokens and pad mask, padded on the left to one of few shapes, and the prefix length.
+    """Tokens and pad mask, padded on the left to one of a few shapes, and the prefix length.
 
     Only the prefix varies in length, so that the last `num_latents` columns are the latents; in a
-    shorter prompt some of them are pads. Pads are masked: none of this changes what a row gives.
+    shorter prompt some of them are pads. Pads are masked, so the text of a row does not change.
     """
     prefix_len = max(tokens_BS.shape[1] - num_latents, 0)
     bucket = min(bucket_size(prefix_len), config.max_prefix_len)

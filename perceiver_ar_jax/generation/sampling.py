@@ -92,13 +92,13 @@ class Greedy:
 
 @struct.dataclass
 class Sample:
-    """Draws from the distribution that the filters leave, each row with a key of its own.
+    """Draws from the filtered distribution, each row with its own key.
 
-    So what a row draws does not depend on the other rows, nor on how many there are.
+    So what a row draws does not depend on the other rows or on their number.
     """
 
     filters: tuple[Temperature | TopK | TopP | MinP, ...]
-    key: jax.Array  # one, which row i folds i into; or one per row
+    key: jax.Array  # one per row, or a single one: then row i draws with fold_in(key, i)
 
     def __call__(self, logits_BV: jax.Array, count: jax.Array) -> jax.Array:
         """Token ids (B,), a function of the rows' keys and the count of tokens before."""

@@ -1,4 +1,4 @@
-"""The texts that a search method writes, whichever it is: one per row that the model reads."""
+"""The core of every search method: the texts it writes, one per row that the model reads."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ class Ending:
     pad: jax.Array
 
     def is_eos(self, tokens: jax.Array) -> jax.Array:
-        """True where a token is one of those that end a text; of the tokens' shape."""
+        """True where a token ends a text; of the same shape as `tokens`."""
         return (tokens[..., None] == self.eos_E).any(axis=-1)
 
 
@@ -23,8 +23,8 @@ class Ending:
 class Texts:
     """New tokens of R rows, and which tokens each row has had."""
 
-    tokens_RT: jax.Array  # pads where there is none yet
-    log_probs_RT: jax.Array  # of the tokens, before penalty and filters; 0 where there is none
+    tokens_RT: jax.Array  # pads from `count` on
+    log_probs_RT: jax.Array  # of the tokens, before penalty and filters; 0 from `count` on
     seen_RV: jax.Array  # tokens of prompt and continuation, for the repetition penalty
     ended_R: jax.Array
     count: jax.Array  # new tokens so far
@@ -33,7 +33,7 @@ class Texts:
     def empty(
         cls, context: Context, *, vocab_size: int, ending: Ending, max_new_tokens: int
     ) -> "Texts":
-        """No new token after the prompts of `context`."""
+        """The prompts of `context` with no new tokens yet."""
         num_rows = len(context.tokens_BS)
         return cls(
             tokens_RT=jnp.full((num_rows, max_new_tokens), ending.pad, jnp.int32),
