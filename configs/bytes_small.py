@@ -1,7 +1,7 @@
 """The 30.6M model on UTF-8 bytes: the shape of perceiver-io's WikiText-103 run.
 
 Command:   python train.py --config=configs/bytes_small.py --workdir=runs/bytes_small \\
-             --config.data.text='wikitext-103/wiki.train*.txt'
+             --config.data.source='wikitext-103/wiki.train*.txt'
 Hardware:  one GPU or a few TPU chips
 Memory:    5.5 GiB a chip on 4 v5e, 24 windows on each, by tools/compile_ahead.py --quick
 Expected:  0.876 nats per byte (1.264 bits) on WikiText-103 is perceiver-io's published figure;

@@ -1,6 +1,6 @@
 """A model of a few thousand parameters on bytes, for tests.
 
-Command:   python train.py --config=configs/tiny.py --workdir=runs/tiny --config.data.text=README.md
+Command:   python train.py --config=configs/tiny.py --config.data.source=README.md
 Hardware:  any CPU
 """
 

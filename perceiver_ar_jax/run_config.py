@@ -33,8 +33,7 @@ AT_LEAST = {
 class DataSettings:
     """Where the text comes from."""
 
-    source: str = ""  # a prepared TFDS directory, or a name such as c4/en:3.0.1
-    text: str = ""  # instead of it, a file or glob of UTF-8 text or JSONL
+    source: str = ""  # a name such as c4/en:3.0.1, a prepared directory, or a file, folder or glob
     tokenizer: str = "bytes"  # or a SentencePiece .model file, a tokenizer.json, a hub id
     train_split: str = "train"  # of files: all that eval_split does not take
     eval_split: str = "validation"  # of files: the last 2 %
@@ -170,7 +169,7 @@ class RunConfig:
         shortest = self.data.min_seq_len
         shortest = self.model.max_latents if shortest is None else shortest
         return DataConfig(
-            source=self.data.text or self.data.source,
+            source=self.data.source,
             split=split,
             min_seq_len=min(shortest, self.model.max_seq_len),
             max_seq_len=self.model.max_seq_len,
@@ -195,8 +194,11 @@ class RunConfig:
                 f"sample.num_latents {self.sample.num_latents} exceeds model.max_latents "
                 f"{self.model.max_latents}"
             )
-        if bool(self.data.text) == bool(self.data.source):
-            yield "one of data.source and data.text must be given"
+        if not self.data.source:
+            yield (
+                "data.source must be given: a file, folder or glob of text, a prepared TFDS "
+                "directory, or a name such as c4/en:3.0.1"
+            )
         elif whole:
             try:
                 self.train_data, self.eval_data  # noqa: B018  they check themselves

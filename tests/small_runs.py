@@ -22,7 +22,7 @@ def write_text(folder: Path) -> Path:
 
 def small_run(text: Path, **changes):
     config = tiny.get_config()
-    config.data.text = str(text)
+    config.data.source = str(text)
     config.steps = 12
     config.optimizer.total_steps = 12  # the schedule, also of a run that is cut short
     config.log_every = 1

@@ -24,7 +24,7 @@ import torture
 )
 def test_kills_leave_no_trace_in_the_bits(options, settings, tmp_path):
     settings = {
-        "data.text": write_text(tmp_path),
+        "data.source": write_text(tmp_path),
         "steps": 60,
         "checkpoint_every": 4,
         "eval_every": 30,

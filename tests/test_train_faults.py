@@ -35,7 +35,7 @@ def start(workdir: Path, text: Path, *flags: str, before: str = "pass") -> subpr
         "train.py",
         "--config=configs/tiny.py",
         f"--workdir={workdir}",
-        f"--config.data.text={text}",
+        f"--config.data.source={text}",
         "--config.log_every=1",
         "--config.sample.max_new_tokens=2",
         *flags,

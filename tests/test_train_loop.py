@@ -77,7 +77,7 @@ def test_sigterm_saves_the_current_step_and_leaves_with_143(text, tmp_path):
         "train.py",
         "--config=configs/tiny.py",
         f"--workdir={tmp_path}",
-        f"--config.data.text={text}",
+        f"--config.data.source={text}",
         "--config.steps=100000",
         "--config.log_every=1",
         "--config.eval_every=1000000",
@@ -123,7 +123,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_never_saved(text, tmp_pat
     ("changes", "words"),
     [
         ({"steps": 0}, "steps must be at least 1"),
-        ({"data": {"text": ""}}, "one of data.source and data.text"),
+        ({"data": {"source": ""}}, "data.source must be given"),
         ({"model": {"num_heads": 5}}, "no multiple of num_heads"),
         ({"optimizer": {"learning_rate": -1.0}}, "learning_rate must be positive"),
     ],
@@ -137,10 +137,10 @@ def test_a_bad_config_is_refused_before_anything_is_written(text, tmp_path, chan
 def test_all_problems_of_a_config_are_told_at_once(text, tmp_path):
     config = small_run(text, steps=0, ema_decay=2.0, model={"num_heads": 5}, init_from="a")
     config.resume_from = "b"
-    config.data.source = "also given"
+    config.data.source = ""
     with pytest.raises(ValueError) as told:
         train(config, tmp_path / "run")
-    for words in ("steps must", "ema_decay must", "num_heads", "exclude", "one of data.source"):
+    for words in ("steps must", "ema_decay must", "num_heads", "exclude", "data.source must"):
         assert words in str(told.value)
 
 

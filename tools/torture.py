@@ -1,7 +1,7 @@
 """Kills a training run again and again and compares it bit for bit with an uninterrupted one.
 
 python tools/torture.py --workdir=runs/torture --kills=5 [--processes=2 --devices=2] \\
-  -- --config=configs/tiny.py --config.data.text=README.md
+  -- --config=configs/tiny.py --config.data.source=README.md
 
 The flags after `--` go to train.py. The run is done twice: straight through, and with SIGKILL or
 SIGTERM at random moments, restarted each time. Then the losses and gradient norms of every step,
