@@ -17,6 +17,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from perceiver_ar_jax.command_line import (
+    clean_up_on_ctrl_c,
+    exit_code,
+    fail,
+    run_script,
+    start_quietly,
+)
+
 PROGRAM = "convert_from_torch.py"
 
 
@@ -25,8 +33,6 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.output is None and not arguments.dry_run:
         _parser().error("--output is missing; only --dry_run does without")
-    from perceiver_ar_jax.command_line import exit_code  # here, so that --help costs nothing
-
     _return_freed_memory()
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: _complain(f"warning: {message}")
@@ -34,9 +40,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from perceiver_ar_jax import convert
+    from perceiver_ar_jax import convert  # here, so that --help costs nothing
     from perceiver_ar_jax.conversion.verification import VerificationError
 
+    clean_up_on_ctrl_c()  # an unfinished folder is removed
     options = {"dtype": arguments.dtype, "tokenizer": arguments.tokenizer}
     if arguments.dry_run:
         describe = convert.describe_ours if arguments.to_torch else convert.describe_torch
@@ -47,8 +54,7 @@ def _run(arguments: argparse.Namespace) -> int:
     try:
         certificate = run(arguments.source, arguments.output, **options)
     except VerificationError as error:
-        _complain(f"{error}; nothing was written")
-        return 1
+        return fail(PROGRAM, f"{error}; nothing was written", error.exit_code)
     _print_model(certificate["model"])
     checks = certificate["checks"] or {"checks": "none, as --verify none asks"}
     for name, value in checks.items():
@@ -111,4 +117,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start_quietly()
+    run_script(PROGRAM, main)

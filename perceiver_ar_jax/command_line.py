@@ -25,8 +25,18 @@ ACCELERATORS = ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "kfd")  # in /dev
 
 def start_script() -> None:
     """For the first line of a script: Ctrl-C is silent from now on, memory set for the CPU."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    start_quietly()
     keep_freed_memory()
+
+
+def start_quietly() -> None:
+    """Ctrl-C from now on ends the process at once and silently: nothing is cleaned up."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+
+
+def clean_up_on_ctrl_c() -> None:
+    """Ctrl-C from now on raises KeyboardInterrupt, which `run_script` ends silently."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def run_script(program: str, main: Callable[[], int]) -> NoReturn:

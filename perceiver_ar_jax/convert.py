@@ -1,6 +1,6 @@
 """Verified conversion between a checkpoint of ours and one of another library, as library calls.
 
-A result appears under its name only when it is whole and has passed its checks; beside it lies a
+The output folder appears only when it is complete and has passed its checks. It holds a
 certificate, `conversion.json`, with sizes, checksums, checks, times and versions.
 """
 

@@ -24,7 +24,7 @@ from perceiver_ar_jax.model import init_params
 from perceiver_ar_jax.model.flops import training_flops
 from perceiver_ar_jax.parallel import MeshConfig
 from perceiver_ar_jax.parallel.chips import chip_of
-from perceiver_ar_jax.training import OptimizerConfig
+from perceiver_ar_jax.run_config import DataSettings, RunConfig
 
 SMALL = PerceiverARConfig.clm_base(
     vocab_size=512,
@@ -48,22 +48,24 @@ def without_a_tpu():
         yield
 
 
-def compiled(topology: str, config=SMALL, batch_size=64, **mesh: int) -> CompiledStep:
+def compiled(
+    topology: str, config=SMALL, batch_size=64, ema_decay=0.0, respect_documents=False, **mesh
+) -> CompiledStep:
     pytest.importorskip("libtpu", reason="compiling for TPUs needs `pip install libtpu`")
-    return compile_step(
-        config,
-        OptimizerConfig(),
-        MeshConfig(**{"data": 1} | mesh),
-        topology_devices(topology),
+    run = RunConfig(
+        model=config,
+        mesh=MeshConfig(**{"data": 1} | mesh),
         batch_size=batch_size,
-        compiler_options=QUICK_OPTIONS,
+        data=DataSettings(source="none", respect_documents=respect_documents),
+        ema_decay=ema_decay,
     )
+    return compile_step(run, topology_devices(topology), compiler_options=QUICK_OPTIONS)
 
 
-def state_bytes(config) -> int:
-    """Parameters and both moments in float32."""
+def bytes_of(config, copies: int) -> int:
+    """Parameters, in float32, and what there is of their size."""
     shapes = jax.eval_shape(lambda: init_params(PerceiverAR(config), jax.random.key(0)))
-    return 12 * sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    return 4 * copies * sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
 SUM, GATHER, SCATTER = "all-reduce", "all-gather", "reduce-scatter"
@@ -82,11 +84,21 @@ SUM, GATHER, SCATTER = "all-reduce", "all-gather", "reduce-scatter"
 )
 def test_a_small_model_compiles_with_its_state_in_equal_parts(topology, mesh, shards, exchanges):
     step = compiled(topology, **mesh)
-    assert 1 <= step.argument_bytes * shards / state_bytes(SMALL) < 1.04  # norms are whole
+    state = bytes_of(SMALL, copies=3)  # with both moments
+    assert 1 <= step.argument_bytes * shards / state < 1.04  # norms are whole
     kinds = {collective.kind for collective in step.collectives}
     assert exchanges <= kinds
     assert mesh != {"data": 16} or kinds == {SUM}
     assert 0 < step.mfu_ceiling < 1
+
+
+def test_averages_and_documents_of_a_run_are_compiled_too():
+    options = {"ema_decay": 0.99, "respect_documents": True}
+    step = compiled("v5e:2x2", fsdp=4, batch_size=4, **options)
+    state = bytes_of(SMALL, copies=4) / 4
+    batch = SMALL.max_seq_len * (3 * 4 + 1)  # tokens, targets, segment ids; the mask of pads
+    assert step.argument_bytes - state > batch
+    assert step.argument_bytes < 1.04 * (state + batch)
 
 
 @pytest.mark.slow

@@ -209,6 +209,22 @@ def test_an_existing_output_is_replaced_only_with_overwrite(hub_folder, tmp_path
     assert not (tmp_path / "ours" / "precious").exists()
 
 
+def test_ctrl_c_removes_the_unfinished_folder_and_is_silent(hub_folder, tmp_path):
+    program = (
+        "import os, signal, sys, convert_from_torch\n"
+        "from perceiver_ar_jax import convert, command_line\n"
+        "convert.save_pretrained = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)\n"
+        "command_line.start_quietly()\n"
+        "command_line.run_script('x', lambda: convert_from_torch.main(sys.argv[1:]))\n"
+    )
+    arguments = [str(hub_folder), "--output", str(tmp_path / "ours"), "--verify", "none"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+    assert os.listdir(tmp_path) == ["hub"]
+
+
 def bad_source(folder, name):
     """Arguments that cannot be converted, and part of what is said about them."""
     match name:

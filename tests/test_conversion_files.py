@@ -337,7 +337,7 @@ def _(folder):
     return folder
 
 
-@broken("num_heads in the config is no number but a str")
+@broken("num_heads in the config is a str, not a number")
 def _(folder):
     write_config(folder, SMALL, num_heads="2")
     return folder

@@ -47,6 +47,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         ("absl", ["train.py", "--config=configs/tiny.py"]),
         ("jax", ["train.py", "--config=configs/tiny.py"]),
         ("jax", ["evaluate.py", "--model=x", "--text=x"]),
+        ("jax", ["convert_from_torch.py", "x", "--dry_run"]),
     ],
 )
 def test_ctrl_c_while_a_script_is_imported_is_silent(module, flags):

@@ -1,10 +1,10 @@
-"""Compiles a run for a pod or a GPU box that is not there: memory, exchanges, speed limit.
+"""Compiles a run for devices that you do not have: memory, collectives, upper bound of MFU.
 
 python tools/compile_ahead.py --config=configs/c4_base.py --topology=v5e:16x16 \\
   [--mesh=data=16,fsdp=16] [--config.x=y] [--json=FILE]
 python tools/compile_ahead.py --config=configs/c4_base.py --topology=gpu:1x1x8 --gpu=h100.textproto
 
-TPUs need `pip install libtpu`, GPUs jax-cuda12-plugin and jax-cuda12-pjrt; neither a device.
+TPUs need `pip install libtpu`, GPUs jax-cuda12-plugin and jax-cuda12-pjrt. No device is needed.
 Exit codes: 0 it fits, 1 it does not, 2 bad input.
 """
 
@@ -29,9 +29,8 @@ from compiled_step import (
 from ml_collections import config_flags
 
 from perceiver_ar_jax.command_line import exit_code
-from perceiver_ar_jax.config import PerceiverARConfig
 from perceiver_ar_jax.parallel import MeshConfig
-from perceiver_ar_jax.training import OptimizerConfig
+from perceiver_ar_jax.run_config import RunConfig
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config().")
 TOPOLOGY = flags.DEFINE_string("topology", None, "Such as v5e:16x16, v4:4x4x8, gpu:1x1x8.")
@@ -39,13 +38,13 @@ MESH = flags.DEFINE_string("mesh", None, "Such as data=16,fsdp=16; in place of t
 GPU = flags.DEFINE_string("gpu", None, "File that describes the GPU to XLA.")
 JSON = flags.DEFINE_string("json", None, "Where to write the figures as JSON.")
 QUICK = flags.DEFINE_boolean(
-    "quick", False, "Compile for memory and exchanges only: faster, no cycles."
+    "quick", False, "Compile for memory and collectives only: faster, no cycles."
 )
 flags.mark_flags_as_required(["config", "topology"])
 
 LEFT_OUT = (
     "The ceiling is by the compiler's own cycles, never measured on hardware; it leaves out "
-    "exchanges between devices (as if all were hidden behind computation) and Pallas kernels."
+    "collectives (as if all were hidden behind computation) and Pallas kernels."
 )
 
 
@@ -57,15 +56,16 @@ def main(argv: list[str]) -> int:
 def compile_and_print() -> int:
     """0 if the step fits into the memory of the devices, 1 if not."""
     config = CONFIG.value
+    if not config.data.source and not config.data.get("text"):
+        config.data.source = "none"  # no data is read
+    run = RunConfig.from_config(config)
+    if MESH.value:
+        run = dataclasses.replace(run, mesh=mesh_of(MESH.value))
     os.environ |= WITHOUT_A_TPU
     try:
         step = compile_step(
-            PerceiverARConfig(**config.model.to_dict()),
-            OptimizerConfig(**config.optimizer.to_dict()),
-            mesh_of(MESH.value) if MESH.value else MeshConfig(**config.mesh.to_dict()),
+            run,
             topology_devices(TOPOLOGY.value, GPU.value and Path(GPU.value)),
-            batch_size=config.batch_size,
-            microbatches=config.microbatches,
             compiler_options=QUICK_OPTIONS if QUICK.value else None,
         )
     except DoesNotFitError as error:
@@ -96,15 +96,16 @@ def as_text(step: CompiledStep) -> str:
     """The figures for a reader."""
     chip = step.chip
     flops = step.model_flops / step.num_devices
+    axes = " × ".join(f"{axis}={size}" for axis, size in step.mesh_shape.items() if size > 1)
     lines = [
-        f"{step.num_devices} × {chip.name}, {chip.memory_bytes / 2**30:.2f} GiB each",
+        f"{step.num_devices} × {chip.name}, {chip.memory_bytes / 2**30:.2f} GiB each; mesh {axes}",
         f"memory per device: {step.memory_bytes / 2**30:.2f} GiB, {step.free_share:.0%} free",
         f"  parameters, moments, batch  {step.argument_bytes / 2**30:8.3f} GiB",
         f"  activations, gradients      {step.temporary_bytes / 2**30:8.3f} GiB",
         f"  program                     {step.program_bytes / 2**30:8.3f} GiB",
         f"model FLOPs per device and step: {flops:.3e} = {flops / chip.peak_flops * 1e3:.1f} ms "
         f"at {chip.peak_flops / 1e12:.0f} TFLOP/s",
-        "exchanges per step:",
+        "collectives per step:",
         *(f"  {collective}" for collective in step.collectives),
     ]
     if step.mfu_ceiling is not None:

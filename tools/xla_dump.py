@@ -110,7 +110,7 @@ class Program:
             if opcode in ("fusion", "async-start"):
                 yield from self._exchanges_in(line, executions, shape, channels)
             elif opcode.removesuffix("-start") in COLLECTIVES:
-                # An exchange beside several matmuls stands in the fusion of each of them.
+                # A collective next to several matmuls is in the fusion of each of them.
                 channel = re.search(r"channel_id=\d+", line)
                 if channel is None or channel[0] not in channels:
                     yield executions, opcode, shape, line

@@ -44,7 +44,7 @@ def read_files(source: str | Path) -> CheckpointFiles:
 
     Args:
       source: a Hugging Face directory (safetensors or .bin, whole or in shards), a Lightning
-        .ckpt, a .safetensors or .bin file with its config.json beside it, or the id of a model on
+        .ckpt, a .safetensors or .bin file with its config.json next to it, or the id of a model on
         the Hugging Face hub.
 
     Raises:

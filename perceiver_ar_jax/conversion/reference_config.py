@@ -6,7 +6,7 @@ from typing import Any
 
 from perceiver_ar_jax.config import PerceiverARConfig
 
-# perceiver-io's names; what else PerceiverARConfig has is ours alone.
+# perceiver-io's names; the other fields of PerceiverARConfig are ours alone.
 SHARED = (
     "vocab_size",
     "max_seq_len",
@@ -27,7 +27,7 @@ SHARED = (
     "init_scale",
 )
 # What perceiver-io added after its first checkpoints were published; their defaults are those of
-# PerceiverARConfig, so such files need no word of warning.
+# PerceiverARConfig, so no warning is needed for such files.
 ADDED_LATER = {
     "residual_dropout",
     "num_self_attention_rotary_layers",
@@ -39,8 +39,8 @@ ADDED_LATER = {
 def config_from_reference(fields: Mapping[str, Any]) -> PerceiverARConfig:
     """Our config from perceiver-io's fields; a missing one gets perceiver-io's default.
 
-    Warns of fields that are missing from more than an old file, and of activation offloading,
-    which has no counterpart. Names that perceiver-io does not know are not looked at.
+    Warns of missing fields that also old files have, and of activation offloading, which has no
+    counterpart. Names that perceiver-io does not know are ignored.
 
     Raises:
       ValueError: a value of the wrong type or an impossible size.
@@ -49,7 +49,7 @@ def config_from_reference(fields: Mapping[str, Any]) -> PerceiverARConfig:
     for name, value in known.items():
         optional = name == "max_heads_parallel" and value is None
         if not (isinstance(value, int | float) or optional):
-            raise ValueError(f"{name} in the config is no number but a {type(value).__name__}")
+            raise ValueError(f"{name} in the config is a {type(value).__name__}, not a number")
     missing = [name for name in SHARED if name not in known and name not in ADDED_LATER]
     if missing:
         warnings.warn(

@@ -87,7 +87,7 @@ def write_safetensors(
 def _stored(path, data_start, file_size, *, dtype, shape, data_offsets) -> StoredTensor:
     start, end = data_offsets
     if not all(type(n) is int and n >= 0 for n in (*shape, start, end)) or len(shape) > 32:
-        raise ValueError("a shape or an offset is no whole number")
+        raise ValueError("a shape or an offset is not a whole number")
     numpy_dtype = DTYPES[DTYPE_NAMES[dtype]]
     if end - start != math.prod(shape) * numpy_dtype.itemsize:
         raise ValueError(f"{end - start} bytes for shape {tuple(shape)} of {dtype}")

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import multiprocessing
+import signal
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -68,7 +69,8 @@ def reference_logits(
       ImportError: a library of the source is missing.
     """
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+    quiet = signal.signal, (signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches both processes
+    with concurrent.futures.ProcessPoolExecutor(1, context, *quiet) as pool:
         return pool.submit(rules.logits, tensors, config, *inputs).result()
 
 

@@ -22,7 +22,7 @@ def write_reference(
     rules: Rules = PERCEIVER_IO,
     overwrite: bool = False,
 ) -> None:
-    """Writes config.json and model.safetensors of a source; whole or not at all.
+    """Writes config.json and model.safetensors of a source; the folder appears when complete.
 
     The tensors keep the dtype of the parameters.
 
