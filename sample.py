@@ -6,7 +6,7 @@ Example:
 Without --prompt or --prompt_file the prompt is standard input. One prompt is continued as the text
 comes, several are one batch. Texts go to standard output, speeds to standard error.
 
-Exit codes: 0 done, 2 bad input, 4 no intact checkpoint, 130 interrupted.
+Exit codes: 0 done, 2 bad input, 4 no intact checkpoint, 130 interrupted, 141 closed pipe.
 """
 
 import argparse
@@ -15,13 +15,12 @@ import sys
 import time
 from pathlib import Path
 
+from perceiver_ar_jax.command_line import run_script, start_script
+
 
 def main() -> int:
     """Prints continuations on standard output, speeds on standard error; returns the exit code."""
-    arguments = _parser().parse_args()
-    from perceiver_ar_jax.command_line import exit_code  # here, so that --help costs nothing
-
-    return exit_code("sample.py", lambda: _run(arguments))
+    return _run(_parser().parse_args())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -162,4 +161,5 @@ class _Clock:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start_script()
+    run_script("sample.py", main)

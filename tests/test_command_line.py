@@ -17,6 +17,7 @@ from perceiver_ar_jax.pretrained import save_pretrained
 from perceiver_ar_jax.tokenizers import ByteTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +37,9 @@ def model_folder(tmp_path_factory) -> Path:
 
 
 def run(script: str, *arguments: object, stdin: str = "") -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     command = [sys.executable, script, *map(str, arguments)]
     return subprocess.run(
-        command, cwd=ROOT, env=environment, input=stdin, capture_output=True, text=True
+        command, cwd=ROOT, env=ENVIRONMENT, input=stdin, capture_output=True, text=True
     )
 
 
@@ -90,6 +90,25 @@ def test_sample_says_in_one_line_what_is_wrong(model_folder, arguments, words):
     assert result.returncode == 2
     assert words in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_sample_into_a_closed_pipe_ends_silently(model_folder):
+    command = [sys.executable, "sample.py", "--model", model_folder, "--prompt", "a", "--greedy"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()  # as `| head` does once it has seen enough
+    said = process.stderr.read()
+    process.stderr.close()
+    assert (process.wait(timeout=300), said) == (141, b"")
+
+
+def test_the_help_of_sample_shows_defaults_and_an_example():
+    done = run("sample.py", "--help")
+    assert done.returncode == 0
+    assert "Example:\n  python sample.py --model=DIR" in done.stdout
+    words = " ".join(done.stdout.split())
+    assert "(default: slide)" in words and "1, perceiver-io's default, costs" in words
 
 
 def test_a_prompt_file_splits_at_newlines_only_and_skips_blank_lines(tmp_path):

@@ -48,6 +48,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         ("jax", ["train.py", "--config=configs/tiny.py"]),
         ("jax", ["evaluate.py", "--model=x", "--text=x"]),
         ("jax", ["convert_from_torch.py", "x", "--dry_run"]),
+        ("jax", ["sample.py", "--model=x", "--prompt=x"]),
     ],
 )
 def test_ctrl_c_while_a_script_is_imported_is_silent(module, flags):
