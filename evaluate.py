@@ -66,13 +66,7 @@ def _run(arguments: argparse.Namespace) -> int:
         pretrained.tokenizer,
         num_latents=config.max_latents,
     )
-    result = evaluate(
-        pretrained.params,
-        batches,
-        model=pretrained.model,
-        prefix_len=config.max_prefix_len,
-        num_bytes=batches.num_bytes,
-    )
+    result = evaluate(pretrained.params, batches, model=pretrained.model)
     line = {
         "model": arguments.model,
         "step": pretrained.step,

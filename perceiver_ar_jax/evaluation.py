@@ -3,12 +3,13 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
+from perceiver_ar_jax.data import EvaluationBatches
 from perceiver_ar_jax.model import PerceiverAR
 from perceiver_ar_jax.parallel import one_at_a_time
 from perceiver_ar_jax.training import Batch, eval_step
@@ -30,31 +31,34 @@ class Evaluation:
 
 def evaluate(
     params: Any,
-    batches: Iterable[Mapping[str, np.ndarray]],
+    batches: EvaluationBatches,
     *,
     model: PerceiverAR,
-    prefix_len: int,
-    num_bytes: int,
     to_device: Callable[[Any], Any] = lambda x: x,
 ) -> Evaluation:
-    """The mean loss over the positions that `weights` counts.
+    """The weighted mean loss over a text.
 
     Args:
       params: of the model.
-      batches: dicts of `tokens`, `targets`, `pad_mask`, `weights` and, if documents are to be
-        respected, `segment_ids`, (B, S) each; see `data.evaluation_batches`.
+      batches: from `data.evaluation_batches`; they know prefix, tokens and bytes.
       model: the model.
-      prefix_len: positions of a window that are prefix.
-      num_bytes: UTF-8 bytes of the text that the batches cover.
       to_device: places a batch, as `parallel.to_global` does on a mesh.
+
+    Raises:
+      RuntimeError: a token was not counted exactly once.
     """
-    step = _compiled_step(model, prefix_len)
-    batches = (to_device(Batch(**arrays)) for arrays in batches)
-    sums = list(one_at_a_time(functools.partial(step, params), batches))
-    if not sums:
-        raise ValueError("there is no text to evaluate on")
+    step = functools.partial(_compiled_step(model, batches.prefix_len), params)
+    placed = (to_device(Batch(**arrays)) for arrays in batches)
+    sums = list(one_at_a_time(step, placed))
     nats, tokens = np.sum(sums, axis=0, dtype=np.float64)
-    return Evaluation(loss=nats / tokens, num_tokens=round(tokens), num_bytes=num_bytes)
+    if tokens != batches.num_tokens:
+        raise RuntimeError(
+            f"the weights of all batches add up to {tokens:g}, but the text has "
+            f"{batches.num_tokens} tokens: each must be counted once"
+        )
+    return Evaluation(
+        loss=float(nats / tokens), num_tokens=batches.num_tokens, num_bytes=batches.num_bytes
+    )
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from perceiver_ar_jax.model import PerceiverAR, init_params
@@ -53,16 +52,9 @@ def lower_train_step(run: RunConfig, mesh: Mesh) -> jax.stages.Lowered:
 
 
 def _abstract_batch(run, mesh):
-    def rows(dtype):
-        shape = (run.batch_size, run.model.max_seq_len)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
-
-    return Batch(
-        tokens=rows(jnp.int32),
-        targets=rows(jnp.int32),
-        pad_mask=rows(jnp.bool_),
-        segment_ids=rows(jnp.int32) if run.data.respect_documents else None,
-    )
+    with_segment_ids = run.data.respect_documents
+    batch = Batch.abstract(run.batch_size, run.model.max_seq_len, with_segment_ids=with_segment_ids)
+    return jax.tree.map(lambda leaf: _placed(leaf, batch_sharding(mesh)), batch)
 
 
 def _placed(leaf, sharding):

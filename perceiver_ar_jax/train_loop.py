@@ -186,14 +186,7 @@ class _Loop:
         if profile.num_steps and self.step == profile.first_step:
             jax.profiler.start_trace(str(self.profile_dir))
         arrays = self.report.timed_wait(lambda: next(self.loader))
-        batch = self.to_device(
-            Batch(
-                arrays["tokens"],
-                arrays["targets"],
-                arrays["pad_mask"],
-                arrays.get("segment_ids"),
-            )
-        )
+        batch = self.to_device(Batch(**arrays))
         with jax.transfer_guard("disallow"):  # nothing keeps a step waiting unseen
             self.state, metrics = self.compiled_step(self.state, batch)
             self._read_metrics()
@@ -216,8 +209,6 @@ class _Loop:
             params,
             self.eval_batches,
             model=self.model,
-            prefix_len=self.model.config.max_prefix_len,
-            num_bytes=self.eval_batches.num_bytes,
             to_device=self.to_device,
         )
         self.report.evaluation(self.step, evaluation.loss, evaluation.bits_per_byte)

@@ -23,10 +23,8 @@ def main(axes: dict[str, int]) -> None:
     with use_mesh(mesh):
         evaluation = evaluate(
             state.params,
-            evaluation_batches(rows),
+            evaluation_batches(index, count),
             model=PerceiverAR(CONFIG),
-            prefix_len=CONFIG.max_prefix_len,
-            num_bytes=1,
             to_device=functools.partial(to_global, mesh=mesh),
         )
     printed = {

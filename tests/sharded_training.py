@@ -1,13 +1,13 @@
 """A few training steps of a small model on any mesh, for tests that compare meshes."""
 
 import functools
-from collections.abc import Iterator
 
 import jax
 import numpy as np
 from small_models import left_pads, quick_jit, random_params, random_tokens, small_config
 
 from perceiver_ar_jax import PerceiverAR
+from perceiver_ar_jax.data import DataConfig, EvaluationBatches, TokenDocument
 from perceiver_ar_jax.parallel import MeshConfig, make_mesh, state_shardings, to_global, use_mesh
 from perceiver_ar_jax.training import Batch, OptimizerConfig, TrainState, make_optimizer, train_step
 
@@ -34,17 +34,33 @@ def batches(config=CONFIG) -> list[Batch]:
     return [Batch(x[:, :-1].astype(np.int32), x[:, 1:].astype(np.int32), pads) for x in tokens]
 
 
-def evaluation_batches(rows=slice(None), count=100) -> Iterator[dict[str, np.ndarray]]:
-    """Batches with weights, more than may be in flight at once; `rows` are this process's."""
-    length = CONFIG.max_seq_len
-    for seed in range(count):
-        tokens = random_tokens(CONFIG, length + 1, BATCH_SIZE, seed)[rows].astype(np.int32)
-        yield {
-            "tokens": tokens[:, :-1],
-            "targets": tokens[:, 1:],
-            "pad_mask": np.zeros((len(tokens), length), bool),
-            "weights": np.ones((len(tokens), length), np.float32),
-        }
+class RandomDocument:
+    """A source of one document, in the place of a text; a `data.DocumentSource`."""
+
+    eos_id, pad_id, oddities, fingerprint = 2, 0, (), {}
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> TokenDocument:
+        tokens = random_tokens(CONFIG, 100 * BATCH_SIZE * CONFIG.max_latents, 1, seed=index)
+        return TokenDocument(tokens[0].astype(np.int32), ends_document=True, num_bytes=1)
+
+
+def evaluation_batches(process_index: int = 0, process_count: int = 1) -> EvaluationBatches:
+    """A hundred batches, more than may be in flight at once."""
+    return EvaluationBatches(
+        DataConfig(
+            source="random",
+            min_seq_len=1,
+            max_seq_len=CONFIG.max_seq_len,
+            batch_size=BATCH_SIZE // process_count,
+        ),
+        RandomDocument(),
+        num_latents=CONFIG.max_latents,
+        process_index=process_index,
+        rows=BATCH_SIZE,
+    )
 
 
 def initial_state(mesh, config=CONFIG) -> TrainState:

@@ -77,6 +77,7 @@ def test_a_batch_holds_left_padded_windows_and_the_next_token_at_each_position(c
             "tokens": ((4, 24), "int32"),
             "targets": ((4, 24), "int32"),
             "pad_mask": ((4, 24), "bool"),
+            "weights": ((4, 24), "float32"),
         }
         pads = batch["pad_mask"].sum(1)
         np.testing.assert_array_equal(batch["pad_mask"], np.arange(24) < pads[:, None])

@@ -5,11 +5,14 @@ import sys
 
 import numpy as np
 import pytest
+from sharded_training import CONFIG, evaluation_batches
 from small_models import random_params, small_config
 from small_runs import metrics, small_run, train, write_text
 
 import evaluate as evaluate_script
-from perceiver_ar_jax import load_pretrained, train_loop
+from perceiver_ar_jax import PerceiverAR, load_pretrained, train_loop
+from perceiver_ar_jax.data import EvaluationBatches
+from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.pretrained import save_pretrained
 
 
@@ -34,3 +37,9 @@ def test_a_saved_model_says_whether_it_respects_documents(tmp_path):
         folder = tmp_path / str(respect_documents)
         save_pretrained(folder, config, random_params(config), respect_documents=respect_documents)
         assert load_pretrained(folder).respect_documents == respect_documents
+
+
+def test_a_token_that_is_not_counted_once_is_an_error(monkeypatch):
+    monkeypatch.setattr(EvaluationBatches, "__len__", lambda self: 1)
+    with pytest.raises(RuntimeError, match="add up to 48, but the text has 4800 tokens"):
+        evaluate(random_params(CONFIG), evaluation_batches(), model=PerceiverAR(CONFIG))

@@ -31,8 +31,6 @@ def test_two_processes_train_and_evaluate_as_one_does_and_agree_on_checksums():
             state.params,
             evaluation_batches(),
             model=PerceiverAR(CONFIG),
-            prefix_len=CONFIG.max_prefix_len,
-            num_bytes=1,
             to_device=functools.partial(to_global, mesh=mesh),
         )
     np.testing.assert_allclose(first["evaluation"], evaluation.loss, rtol=1e-5)

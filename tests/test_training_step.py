@@ -6,8 +6,11 @@ import jax
 import numpy as np
 import pytest
 from small_models import left_pads, quick_jit, random_params, random_tokens, small_config
+from small_runs import write_text
 
 from perceiver_ar_jax import PerceiverAR
+from perceiver_ar_jax.data import DataConfig, make_loader
+from perceiver_ar_jax.tokenizers import ByteTokenizer
 from perceiver_ar_jax.training import (
     Batch,
     OptimizerConfig,
@@ -77,3 +80,18 @@ def test_a_step_keeps_every_dtype_of_its_state(param_dtype, microbatches):
     following, _ = jax.eval_shape(step, state, batch)
     describe = lambda tree: jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)
     assert describe(following) == describe(jax.eval_shape(lambda: state))
+
+
+@pytest.mark.parametrize("respect_documents", [True, False])
+def test_the_step_is_compiled_for_what_the_loader_gives(respect_documents, tmp_path):
+    config = DataConfig(
+        str(write_text(tmp_path)),
+        min_seq_len=9,
+        max_seq_len=16,
+        batch_size=3,
+        respect_documents=respect_documents,
+    )
+    arrays = next(make_loader(config, ByteTokenizer()))
+    abstract = Batch.abstract(3, 16, with_segment_ids=respect_documents)
+    assert jax.eval_shape(lambda: Batch(**arrays)) == abstract
+    np.testing.assert_array_equal(arrays["weights"], ~arrays["pad_mask"])

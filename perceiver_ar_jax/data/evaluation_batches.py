@@ -6,6 +6,7 @@ import numpy as np
 
 from perceiver_ar_jax.data.config import DataConfig
 from perceiver_ar_jax.data.documents import DocumentSource
+from perceiver_ar_jax.data.rows import pad_rows, write_window
 from perceiver_ar_jax.data.text_documents import open_text_documents
 from perceiver_ar_jax.tokenizers import Tokenizer
 
@@ -13,10 +14,12 @@ from perceiver_ar_jax.tokenizers import Tokenizer
 class EvaluationBatches:
     """One pass over a split each time it is iterated over; made by `evaluation_batches`.
 
-    Batches are those of the loader, and `weights` (B, S) float32: 1 at the positions whose
-    target counts. Every process has `len` batches.
+    Batches are like those of the loader; `weights` is 1 only at the targets that no earlier window
+    has predicted, the last `stride` of a window. Every process has `len` batches.
 
     Attributes:
+      stride: how many targets a window adds: the number of its latents.
+      prefix_len: the positions of a window before its latents.
       num_tokens: targets with weight 1, over all processes: every token of the text, and the eos of
         each document.
       num_bytes: the UTF-8 bytes of the text; nats / log(2) / num_bytes are bits per byte.
@@ -34,7 +37,8 @@ class EvaluationBatches:
     ):
         self._config = config
         self._pad_id = documents.pad_id
-        self._num_latents = num_latents
+        self.stride = num_latents
+        self.prefix_len = config.max_seq_len - num_latents
         self._first_row = config.batch_size * process_index
         self._rows = rows
         self._stream, self._document_starts = self._read(documents)
@@ -45,13 +49,21 @@ class EvaluationBatches:
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         for step in range(len(self)):
+            rows = pad_rows(
+                self._config.batch_size,
+                self._config.max_seq_len,
+                pad_id=self._pad_id,
+                with_segment_ids=self._config.respect_documents,
+            )
             first = step * self._rows + self._first_row
-            windows = [self._window(first + row) for row in range(self._config.batch_size)]
-            yield {name: np.stack([window[name] for window in windows]) for name in windows[0]}
+            for row in range(self._config.batch_size):
+                if first + row < self._num_windows:
+                    self._write_window(rows, row, first + row)
+            yield rows
 
     @property
     def _num_windows(self) -> int:
-        return -(-self.num_tokens // self._num_latents)
+        return -(-self.num_tokens // self.stride)
 
     def _read(self, documents: DocumentSource) -> tuple[np.ndarray, np.ndarray]:
         """All tokens, after one eos so that the first is predicted too, as in training."""
@@ -72,33 +84,22 @@ class EvaluationBatches:
             raise ValueError(f"{self._config.source} has no text in {self._config.split}")
         return np.concatenate(parts), np.array(starts)
 
-    def _window(self, number: int) -> dict[str, np.ndarray]:
-        """Window n predicts `num_latents` targets starting at n * num_latents.
+    def _write_window(self, rows: dict[str, np.ndarray], row: int, number: int) -> None:
+        """Window n predicts `stride` targets starting at n * stride.
 
-        The last window ends with the stream, and only its new targets have weight. Windows past the
-        end are all pads.
+        The last window ends with the stream, and only its new targets have weight.
         """
-        size = self._config.max_seq_len
-        tokens = np.full(size, self._pad_id, np.int32)
-        targets = np.full(size, self._pad_id, np.int32)
-        weights = np.zeros(size, np.float32)
-        segment_ids = np.zeros(size, np.int32)
-        if number < self._num_windows:
-            begin = number * self._num_latents
-            end = min(begin + self._num_latents, self.num_tokens)
-            start = max(0, end - size)
-            tokens[size - (end - start) :] = self._stream[start:end]
-            targets[size - (end - start) :] = self._stream[start + 1 : end + 1]
-            weights[size - (end - begin) :] = 1
-            documents = np.searchsorted(self._document_starts, np.arange(start, end), side="right")
-            segment_ids[size - (end - start) :] = documents - documents[0] + 1
-        window = {
-            "tokens": tokens,
-            "targets": targets,
-            "pad_mask": segment_ids == 0,
-            "weights": weights,
-        }
-        return window | ({"segment_ids": segment_ids} if self._config.respect_documents else {})
+        begin = number * self.stride
+        end = min(begin + self.stride, self.num_tokens)
+        start = max(0, end - self._config.max_seq_len)
+        documents = np.searchsorted(self._document_starts, np.arange(start, end), side="right")
+        write_window(
+            rows,
+            row,
+            self._stream[start : end + 1],
+            documents - documents[0] + 1,
+            num_counted=end - begin,
+        )
 
 
 def evaluation_batches(

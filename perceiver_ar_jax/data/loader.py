@@ -10,6 +10,7 @@ from absl import flags
 
 from perceiver_ar_jax.data.config import DataConfig
 from perceiver_ar_jax.data.documents import DocumentSource
+from perceiver_ar_jax.data.rows import pad_rows
 from perceiver_ar_jax.data.text_documents import open_text_documents
 from perceiver_ar_jax.data.windows import OrderedDocuments, WindowDataset
 from perceiver_ar_jax.tokenizers import Tokenizer
@@ -18,10 +19,10 @@ from perceiver_ar_jax.tokenizers import Tokenizer
 class Loader:
     """Iterates over the batches of one process; its state is small JSON, exact after any batch.
 
-    Batches are dicts of `tokens`, `targets` (the next token at each position) (B, S) int32 and
-    `pad_mask` (B, S) bool, True at pads; with `respect_documents` also `segment_ids` (B, S) int32,
-    0 at pads. S is `max_seq_len`, B `batch_size`; process p has rows p * B to (p + 1) * B - 1 of
-    the global batch, which is the same for any number of processes and workers.
+    Batches are dicts of the arrays of `pad_rows`, which `training.Batch` takes as keywords; with
+    `segment_ids` under `respect_documents`. S is `max_seq_len`, B `batch_size`; process p has rows
+    p * B to (p + 1) * B - 1 of the global batch, which is the same for any number of processes and
+    workers.
 
     Attributes:
       fingerprint: what determines the stream of batches: documents, lengths, seed.
@@ -136,14 +137,12 @@ class Loader:
 
     def _assemble(self, parts: Sequence[dict]) -> dict[str, np.ndarray]:
         config = self._config
-        shape = (config.batch_size, config.max_seq_len)
-        batch = {
-            "tokens": np.full(shape, self._pad_id, np.int32),
-            "targets": np.full(shape, self._pad_id, np.int32),
-            "pad_mask": np.ones(shape, bool),
-        }
-        if config.respect_documents:
-            batch["segment_ids"] = np.zeros(shape, np.int32)
+        batch = pad_rows(
+            config.batch_size,
+            config.max_seq_len,
+            pad_id=self._pad_id,
+            with_segment_ids=config.respect_documents,
+        )
         for part in parts:
             rows = part["rows"] - self._first_row
             for name, array in batch.items():

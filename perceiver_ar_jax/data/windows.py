@@ -13,6 +13,7 @@ import grain
 import numpy as np
 
 from perceiver_ar_jax.data.documents import DocumentSource, TokenDocument
+from perceiver_ar_jax.data.rows import pad_rows, write_window
 
 MAX_EMPTY_IN_A_ROW = 1000  # more than that is an error, not an endless search for text
 
@@ -41,10 +42,9 @@ class OrderedDocuments:
 class WindowDataset(grain.IterDataset):
     """One element per step: a window from each of some streams, stacked.
 
-    Elements: `tokens` and `targets` (streams, max_seq_len) int32; `pad_mask` (streams, max_seq_len)
-    bool, True at pads; with `with_segment_ids`, `segment_ids` (streams, max_seq_len) int32: 0 at
-    pads, then 1, 2, ... for the documents of the window. For the loader also `step`, `rows` (which
-    streams), `positions` (of the streams after the step) and `oddities` (documents with each).
+    Elements: the arrays of `pad_rows`, (streams, max_seq_len) each, and for the loader `step`,
+    `rows` (which streams), `positions` (of the streams after the step) and `oddities` (documents
+    with each).
 
     Args:
       streams: which of the `num_streams` to read.
@@ -114,27 +114,22 @@ class WindowIterator(grain.DatasetIterator):
         lengths = window_lengths(
             dataset.seed, self._step, dataset.num_streams, dataset.min_seq_len, dataset.max_seq_len
         )
-        shape = (len(self._streams), dataset.max_seq_len)
-        tokens = np.full(shape, dataset.pad_id, np.int32)
-        targets = np.full(shape, dataset.pad_id, np.int32)
-        segment_ids = np.zeros(shape, np.int32)
+        element = pad_rows(
+            len(self._streams),
+            dataset.max_seq_len,
+            pad_id=dataset.pad_id,
+            with_segment_ids=dataset.with_segment_ids,
+        )
         oddities = np.zeros(len(dataset.documents.oddities), np.int64)
         for row, stream in enumerate(self._streams):
             parts = stream.take(lengths[stream.number] + 1, oddities)
             window = np.concatenate(parts) if parts else np.empty(0, np.int32)
             if len(window) > 1:  # a single token has nothing to predict
-                start = dataset.max_seq_len + 1 - len(window)
-                tokens[row, start:] = window[:-1]
-                targets[row, start:] = window[1:]
                 documents = np.repeat(np.arange(1, len(parts) + 1), [len(part) for part in parts])
-                segment_ids[row, start:] = documents[:-1]
-        pad_mask = segment_ids == 0
-        if pad_mask.all():
+                write_window(element, row, window, documents[:-1])
+        if element["pad_mask"].all():
             raise StopIteration
         self._step += 1
-        element = {"tokens": tokens, "targets": targets, "pad_mask": pad_mask}
-        if dataset.with_segment_ids:
-            element["segment_ids"] = segment_ids
         state = self.get_state()
         return element | {
             "step": np.array(state["step"]),
