@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 REMAT_POLICIES = ("none", "full", "names")
-ATTENTION_IMPLEMENTATIONS = ("plain",)
+ATTENTION_IMPLEMENTATIONS = ("auto", "plain", "recompute")
 LEAST_SIZES = {
     "vocab_size": 1,
     "max_seq_len": 1,
@@ -60,7 +60,7 @@ class PerceiverARConfig:
     gradient_dtype: str = "float32"  # of weight gradients as they are summed over tokens, devices
     remat: str = "none"  # what the backward pass computes again: nothing, all, all but named parts
     scan_layers: bool = False  # one compiled body for all self-attention layers (TPU: yes, CPU: no)
-    attention: str = "plain"
+    attention: str = "auto"  # the implementation; "auto" chooses, see model/attention/dispatch.py
     rotary_inv_freq: tuple[float, ...] | None = None  # None: the formula; else as a checkpoint has
 
     def __post_init__(self):

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 
 from perceiver_ar_jax import PerceiverAR, PerceiverARConfig, generate
 from perceiver_ar_jax.generation.policies import Recompute, Reset
 from perceiver_ar_jax.model import init_params
+from perceiver_ar_jax.model.attention import Visibility
 from perceiver_ar_jax.model.positions import Rotation, rotation
 
 NEW_TOKENS = 40
@@ -70,6 +72,16 @@ def test_a_policy_of_full_passes_gives_what_they_give(policy, refill, abs_pos_em
         np.testing.assert_array_equal(tokens[-NEW_TOKENS:], expected[-NEW_TOKENS:])
 
 
+@struct.dataclass
+class Window(Visibility):
+    """Any mask at all."""
+
+    mask_LK: jax.Array = None
+
+    def mask(self, num_queries, num_keys):
+        return self.mask_LK[None]
+
+
 def logits_of_sliding_windows(model, tokens_1S, prefix_len):
     """One pass in which every position after the prefix is a latent that sees a sliding window.
 
@@ -85,15 +97,16 @@ def logits_of_sliding_windows(model, tokens_1S, prefix_len):
     x_1SD = model.token_embedding(tokens_1S)
     if config.abs_pos_emb:
         x_1SD += model.position_embedding(jnp.minimum(positions_1S, config.max_seq_len - 1))
+    rotation_1P = Rotation(*(x[:, :prefix_len] for x in rotation_1S))
     x_1LD, _ = model.cross_attention(
         x_1SD[:, prefix_len:],
-        x_1SD[:, :prefix_len],
-        rotation_latents=rotation_1L,
-        rotation_keys=rotation_1S,
-        mask_BLK=cross_mask[None, prefix_len:],
+        rotation_1L,
+        Window(mask_LK=cross_mask[prefix_len:, prefix_len:]),
+        model.cross_attention.prefix_keys_values(x_1SD[:, :prefix_len], rotation_1P),
+        Window(mask_LK=cross_mask[prefix_len:, :prefix_len]),
     )
     for layer in model.self_attention:
-        x_1LD, _ = layer(x_1LD, rotation_1L, self_mask[None, prefix_len:, prefix_len:])
+        x_1LD, _ = layer(x_1LD, rotation_1L, Window(mask_LK=self_mask[prefix_len:, prefix_len:]))
     return model.logits(model.out_norm(x_1LD))
 
 

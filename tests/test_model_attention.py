@@ -1,109 +1,199 @@
+"""Every implementation of attention against its definition in float64, and the merge of parts."""
+
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_models import quick_jit
+from small_models import quick_jit, small_config
 
-from perceiver_ar_jax.model import masks
-from perceiver_ar_jax.model.attention import attend, attend_by_heads
+from perceiver_ar_jax.model.attention import Dropout, Visibility, attend, implementation_for, merge
 
-PADS = np.array([[0, 0, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0]], bool)
+LATENTS, PREFIX = 4, 3
+PADS_BK = np.array([[0, 0, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0]], bool)
+SEGMENTS_BK = np.array([[1, 1, 2, 2, 2, 3, 3], [0, 0, 1, 1, 1, 1, 2]])
+CASES = {
+    "pads": (PADS_BK, None),
+    "documents": (PADS_BK, SEGMENTS_BK),
+    "nothing hidden but the future": (None, None),
+}
 
 
-def example(num_queries=4, dtype=jnp.float32):
-    """Queries, keys, values and a causal mask of 2 rows, 4 heads and 7 keys, 2 of them padded."""
+def example(dtype=jnp.float32):
+    """Queries of 4 latents, and keys and values of 3 prefix positions and the latents; 4 heads."""
     keys = jax.random.split(jax.random.key(0), 3)
-    shapes = (2, num_queries, 4, 6), (2, 7, 4, 6), (2, 7, 4, 6)
-    q, k, v = (jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=True))
-    return q, k, v, masks.causal(num_queries, 7, PADS)
+    shapes = (2, LATENTS, 4, 6), (2, 7, 4, 6), (2, 7, 4, 6)
+    return [jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=True)]
 
 
-def plain(q_BLNH, k_BKNH, v_BKNH, mask_BLK):
-    """The definition, in float64, without a masked softmax: invisible keys have weight 0."""
-    scores_BNLK = np.einsum(
-        "BLNH,BKNH->BNLK", *(np.asarray(x, np.float64) for x in (q_BLNH, k_BKNH))
-    )
-    weights_BNLK = np.exp(scores_BNLK) * np.asarray(mask_BLK)[:, None]
-    weights_BNLK /= weights_BNLK.sum(-1, keepdims=True)
-    return np.einsum("BNLK,BKNH->BLNH", weights_BNLK, np.asarray(v_BKNH, np.float64))
+def attend_with(implementation, **options):
+    config = small_config(attention=implementation)
+    return functools.partial(attend, config=config, **options)
 
 
-def weighted_sum_of(attention):
-    """A scalar of everything that an implementation gives, to differentiate."""
+def hybrid(attention, pads_BK=PADS_BK, segments_BK=None):
+    """The two parts of the hybrid layer, joined."""
+    cut = lambda x, part: None if x is None else x[:, part]
+    prefix, latents = slice(PREFIX), slice(PREFIX, None)
 
-    def loss(q, k, v, mask):
-        out = attention(q, k, v, mask)
-        return (out * jnp.cos(jnp.arange(out.size).reshape(out.shape))).sum()
+    def run(q, k, v):
+        def part(columns, causal):
+            visible = Visibility(
+                cut(pads_BK, columns), cut(segments_BK, latents), cut(segments_BK, columns), causal
+            )
+            return attention(q, k[:, columns], v[:, columns], visible)
+
+        return merge([part(prefix, False), part(latents, True)])
+
+    return run
+
+
+def definition(q_BLNH, k_BKNH, v_BKNH, pads_BK=PADS_BK, segments_BK=None):
+    """Output and log-sum-exp over all keys, right-aligned, hidden keys left out, in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q_BLNH, k_BKNH, v_BKNH))
+    visible_BLK = np.tri(LATENTS, 7, PREFIX, bool)[None].repeat(2, axis=0)
+    if pads_BK is not None:
+        visible_BLK &= ~pads_BK[:, None]
+    if segments_BK is not None:
+        visible_BLK &= segments_BK[:, PREFIX:, None] == segments_BK[:, None]
+    exp_BNLK = np.exp(np.einsum("BLNH,BKNH->BNLK", q, k)) * visible_BLK[:, None]
+    sum_BNL = exp_BNLK.sum(-1)
+    weights_BNLK = exp_BNLK / sum_BNL[..., None]
+    return np.einsum("BNLK,BKNH->BLNH", weights_BNLK, v), np.log(sum_BNL)
+
+
+def weighted_sum_of(function):
+    """A scalar of everything that a function gives, to differentiate."""
+
+    def loss(*arguments):
+        leaves = jax.tree.leaves(function(*arguments))
+        return sum((x * jnp.cos(jnp.arange(x.size).reshape(x.shape))).sum() for x in leaves)
 
     return loss
 
 
-def test_attention_is_a_softmax_over_the_visible_keys():
-    np.testing.assert_allclose(quick_jit(attend)(*example()), plain(*example()), atol=1e-6)
+def gradients(function, *arguments):
+    return quick_jit(jax.grad(weighted_sum_of(function), (0, 1, 2)))(*arguments)
 
 
-def test_its_own_backward_pass_gives_the_gradients_of_autodiff():
-    def by_autodiff(q, k, v, mask):
-        scores = jnp.where(mask[:, None], jnp.einsum("BLNH,BKNH->BNLK", q, k), -jnp.inf)
-        return jnp.einsum("BNLK,BKNH->BLNH", jax.nn.softmax(scores), v)
-
-    ours, expected = (
-        quick_jit(jax.grad(weighted_sum_of(f), (0, 1, 2)))(*example())
-        for f in (attend, by_autodiff)
+def assert_close(actual, expected, **tolerance):
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, **tolerance), tuple(actual), tuple(expected)
     )
-    for actual, gradient in zip(ours, expected, strict=True):
-        np.testing.assert_allclose(actual, gradient, atol=1e-6)
 
 
-@pytest.mark.parametrize("max_heads", [1, 2, 3])
-def test_heads_in_groups_give_the_value_and_gradients_of_all_at_once(max_heads):
-    in_groups = functools.partial(attend_by_heads, max_heads=max_heads)
+implementations = pytest.mark.parametrize("implementation", ["plain", "recompute"])
+
+
+@implementations
+@pytest.mark.parametrize("hidden", CASES.values(), ids=list(CASES))
+def test_merged_parts_are_the_softmax_over_all_visible_keys(implementation, hidden):
+    run = hybrid(attend_with(implementation), *hidden)
+    assert_close(quick_jit(run)(*example()), definition(*example(), *hidden), atol=2e-6)
+
+
+@implementations
+def test_gradients_of_output_and_log_sum_exp_are_those_of_autodiff(implementation):
+    def by_autodiff(q, k, v):
+        mask_BLK = jnp.tri(LATENTS, 7, PREFIX, bool) & ~PADS_BK[:, None]
+        scores = jnp.where(mask_BLK[:, None], jnp.einsum("BLNH,BKNH->BNLK", q, k), -jnp.inf)
+        out = jnp.einsum("BNLK,BKNH->BLNH", jax.nn.softmax(scores), v)
+        return out, jax.nn.logsumexp(scores, axis=-1)
+
+    ours = gradients(hybrid(attend_with(implementation)), *example())
+    assert_close(ours, gradients(by_autodiff, *example()), atol=2e-6)
+
+
+@implementations
+@pytest.mark.parametrize("max_heads", [1, 3])
+def test_heads_in_groups_give_the_value_and_gradients_of_all_at_once(implementation, max_heads):
     ours, expected = (
-        quick_jit(jax.value_and_grad(weighted_sum_of(f), (0, 1, 2)))(*example())
-        for f in (in_groups, attend)
+        quick_jit(jax.value_and_grad(weighted_sum_of(hybrid(attention)), (0, 1, 2)))(*example())
+        for attention in (
+            attend_with(implementation, max_heads=max_heads),
+            attend_with(implementation),
+        )
     )
     np.testing.assert_allclose(ours[0], expected[0], rtol=1e-6)
-    for actual, gradient in zip(ours[1], expected[1], strict=True):
-        np.testing.assert_allclose(actual, gradient, atol=1e-6)
+    assert_close(ours[1], expected[1], atol=1e-6)
 
 
-def test_a_query_that_sees_no_key_is_finite_and_so_are_its_gradients():
-    q, k, v, mask = example(num_queries=7)
-    assert not mask[1, 0].any()
-    assert np.isfinite(attend(q, k, v, mask)).all()
-    gradients = quick_jit(jax.grad(weighted_sum_of(attend), (0, 1, 2)))(q, k, v, mask)
-    assert all(np.isfinite(x).all() for x in gradients)
+@implementations
+def test_a_query_that_sees_no_key_is_finite_and_so_are_its_gradients(implementation):
+    all_pads = np.array([[0] * 7, [1] * 5 + [0] * 2], bool)
+    run = hybrid(attend_with(implementation), all_pads)
+    assert all(np.isfinite(x).all() for x in quick_jit(run)(*example()))
+    assert all(np.isfinite(x).all() for x in gradients(run, *example()))
 
 
-def test_scores_far_beyond_float32_exponentials_stay_finite():
-    q, k, v, mask = example()
-    out = attend(1e4 * q, k, v, mask)
+@implementations
+def test_a_prefix_of_nothing_but_pads_changes_nothing(implementation):
+    q, k, v = example()
+    attention = attend_with(implementation)
+    pads = np.zeros((2, 7), bool)
+    pads[:, :PREFIX] = True
+    out, lse = quick_jit(hybrid(attention, pads))(q, k, v)
+    alone = attention(q, k[:, PREFIX:], v[:, PREFIX:], Visibility(causal=True))
+    assert_close((out, lse), alone, atol=1e-6)
+
+
+@implementations
+def test_scores_far_beyond_float32_exponentials_stay_finite(implementation):
+    q, k, v = example()
+    out, _ = quick_jit(hybrid(attend_with(implementation)))(1e4 * q, k, v)
     assert np.isfinite(out).all()
-    assert np.abs(out).max() <= np.abs(v).max()
+    assert np.abs(out).max() <= np.abs(v).max() * (1 + 1e-6)
 
 
-def test_bf16_inputs_have_their_scores_and_softmax_in_float32():
-    q, k, v, mask = example(dtype=jnp.bfloat16)
+@implementations
+def test_bf16_inputs_have_their_scores_and_softmax_in_float32(implementation):
+    q, k, v = example(dtype=jnp.bfloat16)
     q *= 32  # scores of about 200, where bf16 counts in steps of 1
-    out = quick_jit(attend)(q, k, v, mask)
+    out, lse = quick_jit(hybrid(attend_with(implementation)))(q, k, v)
     assert out.dtype == jnp.bfloat16
-    np.testing.assert_allclose(out.astype(float), plain(q, k, v, mask), atol=0.02)
+    assert lse.dtype == jnp.float32
+    np.testing.assert_allclose(out.astype(float), definition(q, k, v)[0], atol=0.02)
 
 
-@pytest.mark.parametrize(
-    "attention", [attend, functools.partial(attend_by_heads, max_heads=3)], ids=["all", "groups"]
-)
-def test_dropped_weights_leave_the_mean_and_heads_drop_different_ones(attention):
-    q, k, v, mask = example()
+@implementations
+@pytest.mark.parametrize("max_heads", [None, 3], ids=["all", "groups"])
+def test_dropped_weights_leave_the_mean_and_heads_drop_different_ones(implementation, max_heads):
+    q, k, v = example()
     q, k, v = (jnp.broadcast_to(x[:, :, :1], x.shape) for x in (q, k, v))  # all heads alike
+    attention = attend_with(implementation, max_heads=max_heads)
 
     def drop(seed):
-        return attention(q, k, v, mask, dropout_rate=0.5, dropout_key=jax.random.key(seed))
+        keys = iter(jax.random.split(jax.random.key(seed)))
+        with_dropout = lambda *x: attention(*x, dropout=Dropout(0.5, next(keys)))
+        return hybrid(with_dropout)(q, k, v)[0]
 
     outputs = np.asarray(quick_jit(jax.vmap(drop))(jnp.arange(4000)))
-    np.testing.assert_allclose(outputs.mean(0), attention(q, k, v, mask), atol=0.1)
+    np.testing.assert_allclose(outputs.mean(0), hybrid(attention)(q, k, v)[0], atol=0.1)
     one_query_NH = outputs[0, 0, -1]
     assert len(np.unique(one_query_NH, axis=0)) == 4
     assert len(np.unique(outputs[:, 0, -1, 0], axis=0)) > 100
+
+
+def test_gradients_under_dropout_are_those_of_the_weights_that_were_kept():
+    arguments = example()
+    dropout = Dropout(0.4, jax.random.key(1))
+
+    def by_autodiff(q, k, v):
+        weights = jax.nn.softmax(jnp.einsum("BLNH,BKNH->BNLK", q, k))
+        return jnp.einsum("BNLK,BKNH->BLNH", dropout(weights), v)
+
+    expected = gradients(by_autodiff, *arguments)
+    for implementation in ("plain", "recompute"):
+        attention = attend_with(implementation, dropout=dropout)
+        ours = gradients(lambda *x, run=attention: run(*x, Visibility())[0], *arguments)
+        assert_close(ours, expected, atol=2e-6)
+
+
+def test_auto_recomputes_where_remat_does_and_a_named_implementation_is_taken():
+    choose = lambda **fields: implementation_for(small_config(**fields), spread_over_context=False)
+    assert choose() == "plain"
+    assert choose(remat="names") == "recompute"
+    assert choose(attention="recompute") == "recompute"
+    assert choose(attention="plain", remat="full") == "plain"
+    assert implementation_for(small_config(), spread_over_context=True) == "recompute"

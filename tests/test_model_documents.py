@@ -9,7 +9,6 @@ from sharded_training import mesh_of
 from small_models import quick_jit, random_params, random_tokens, small_config
 
 from perceiver_ar_jax import PerceiverAR
-from perceiver_ar_jax.model.masks import causal
 from perceiver_ar_jax.model.positions import positions_in_segments
 from perceiver_ar_jax.parallel import replicated, use_mesh
 from perceiver_ar_jax.training import Batch, OptimizerConfig, TrainState, make_optimizer
@@ -179,14 +178,6 @@ def test_training_and_evaluation_steps_read_the_segment_ids_of_a_batch():
 
     np.testing.assert_allclose(losses(SEGMENT_IDS), expected(state.params), rtol=1e-5)
     assert abs(losses(None)[0] - losses(SEGMENT_IDS)[0]) > 1e-3
-
-
-def test_the_mask_hides_keys_of_other_segments():
-    mask_BLK = causal(3, 5, segment_ids_BK=np.array([[1, 1, 2, 2, 3], [0, 0, 0, 1, 1]]))
-    as_bits = [
-        ["".join(map(str, row)) for row in mask] for mask in np.asarray(mask_BLK).astype(int)
-    ]
-    assert as_bits == [["00100", "00110", "00001"], ["11100", "00010", "00011"]]
 
 
 def test_positions_begin_anew_with_each_segment():

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from perceiver_ar_jax.model.attention import HIDDEN
+from perceiver_ar_jax.model.attention import cached
 
 
 class KeysValues(NamedTuple):
@@ -16,12 +16,18 @@ class KeysValues(NamedTuple):
     k: jax.Array
     v: jax.Array
 
+    def followed_by(self, other: "KeysValues") -> "KeysValues":
+        """The keys and values of both, in that order."""
+        return KeysValues(
+            *(jnp.concatenate(pair, axis=1) for pair in zip(self, other, strict=True))
+        )
+
 
 class LayerCache(NamedTuple):
-    """Keys and values of one attention layer in slots, laid out for one query a head.
+    """Keys and values of one attention layer in slots, laid out for one query per head.
 
-    (B, N, H, K) each, and (N, H, K) where B is 1. XLA on CPU would else transpose the cache at
-    every step, and copy it where a dimension is 1: up to ten times the time of the attention.
+    (B, N, H, K) each, and (N, H, K) where B is 1. Otherwise XLA on CPU would transpose the cache
+    at every step, and copy it where a dimension is 1: up to ten times the time of the attention.
     """
 
     k: jax.Array
@@ -29,7 +35,7 @@ class LayerCache(NamedTuple):
 
     @classmethod
     def of(cls, kv: KeysValues) -> "LayerCache":
-        """One slot a key."""
+        """One slot per key."""
         return cls(*(_without_single(x_BKNH.transpose(0, 2, 3, 1)) for x_BKNH in kv))
 
     @property
@@ -43,12 +49,10 @@ class LayerCache(NamedTuple):
         new = LayerCache.of(new)
         return LayerCache(update(self.k, new.k, slot), update(self.v, new.v, slot))
 
-    def attend(self, q_B1NH: jax.Array, mask_B1K: jax.Array) -> jax.Array:
-        """Attention of one token a row, as in `attention.attend`: (B, 1, N, H)."""
-        q, mask = _without_single(q_B1NH[:, 0]), _without_single(mask_B1K)
-        scores = jnp.einsum("...H,...HK->...K", q, self.k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(jnp.where(mask, scores, HIDDEN)).astype(q.dtype)
-        return jnp.einsum("...K,...HK->...H", weights, self.v).reshape(q_B1NH.shape)
+    def attend(self, q_B1NH: jax.Array, mask_BK: jax.Array) -> jax.Array:
+        """Attention of one new token per row to what is in the slots: (B, 1, N, H)."""
+        q, mask = _without_single(q_B1NH[:, 0]), _without_single(mask_BK)
+        return cached.attend(q, self.k, self.v, mask).reshape(q_B1NH.shape)
 
     def padded_to(self, capacity: int) -> "LayerCache":
         """The same with empty slots behind, `capacity` in all."""
@@ -110,18 +114,18 @@ class Cache:
         )
 
     def cross_slot_and_mask(self) -> tuple[jax.Array, jax.Array]:
-        """Where the next column goes in `cross`, and what it sees there, (B, 1, C)."""
+        """Where the next column goes in `cross`, and what it sees there, (B, C)."""
         capacity = self.cross.capacity
         columns_C = _newest_columns(self.length, capacity)
-        return self.length % capacity, (columns_C >= self.pads_B[:, None])[:, None]
+        return self.length % capacity, columns_C >= self.pads_B[:, None]
 
     def layer_slot_and_mask(self) -> tuple[jax.Array, jax.Array]:
-        """Where the next latent goes in each of `layers`, and what it sees there, (B, 1, A)."""
+        """Where the next latent goes in each of `layers`, and what it sees there, (B, A)."""
         capacity = self.layers[0].capacity if self.layers else 1
         latent = self.num_latents
         columns_A = self.first_latent + _newest_columns(latent, capacity)
         first_B = jnp.maximum(self.pads_B, self.first_latent)
-        return latent % capacity, (columns_A >= first_B[:, None])[:, None]
+        return latent % capacity, columns_A >= first_B[:, None]
 
 
 def _without_single(x):

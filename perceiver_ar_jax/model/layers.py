@@ -8,11 +8,11 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from perceiver_ar_jax.config import PerceiverARConfig
-from perceiver_ar_jax.model import attention
+from perceiver_ar_jax.model.attention import Dropout, Visibility, attend, merge
 from perceiver_ar_jax.model.cache import KeysValues, LayerCache
 from perceiver_ar_jax.model.decoding_params import TiedEmbedding
 from perceiver_ar_jax.model.positions import Rotation, rotate
-from perceiver_ar_jax.parallel import constrain, has_context
+from perceiver_ar_jax.parallel import constrain
 
 
 class Embedding(nn.Module):
@@ -29,7 +29,7 @@ class Embedding(nn.Module):
 
     def __call__(self, indices: jax.Array) -> jax.Array:
         """Rows of the table, (..., D)."""
-        # Whole rows on each device: else the lookup of all rows of the batch happens everywhere.
+        # Keep the feature dimension unsharded; otherwise every device looks up the whole batch.
         table = self.embedding
         table = table.embedding_VD if isinstance(table, TiedEmbedding) else table
         return constrain(jnp.asarray(table), "vocab", None)[indices].astype(jnp.float32)
@@ -115,7 +115,6 @@ class MultiHeadAttention(nn.Module):
     config: PerceiverARConfig
     max_heads_parallel: int | None = None
     out_bias: bool = False
-    over_context: bool = False
 
     def setup(self):
         width = self.config.num_channels
@@ -136,37 +135,24 @@ class MultiHeadAttention(nn.Module):
         k_BKNH = k_BKNH if rotation is None else rotate(k_BKNH, rotation)
         return KeysValues(checkpoint_name(k_BKNH, "qkv"), checkpoint_name(v_BKNH, "qkv"))
 
-    def __call__(
-        self,
-        q_BLNH: jax.Array,
-        kv: KeysValues | LayerCache,
-        mask_BLK: jax.Array,
-        *,
-        deterministic: bool,
-    ) -> jax.Array:
-        """Attends and projects: (B, L, D)."""
-        if isinstance(kv, LayerCache):
-            out_BLNH = kv.attend(q_BLNH, mask_BLK)
-        else:
-            out_BLNH = self._attend(q_BLNH, kv, mask_BLK, deterministic)
-        out_BLD = out_BLNH.reshape(*out_BLNH.shape[:2], self.config.num_channels)
-        return self.o_proj(out_BLD)
-
-    def _attend(self, q_BLNH, kv, mask_BLK, deterministic):
+    def attend(
+        self, q_BLNH: jax.Array, kv: KeysValues, visibility: Visibility, *, deterministic: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """Output (B, L, N, H) before the projection, and log-sum-exp (B, N, L)."""
         rate = 0.0 if deterministic else self.config.post_attention_dropout
-        attend, heads = attention.attend, self.max_heads_parallel
-        if heads is not None and heads < self.config.num_heads:
-            attend = functools.partial(attention.attend_by_heads, max_heads=heads)
         return attend(
             q_BLNH,
-            kv.k,
-            kv.v,
-            mask_BLK,
-            dropout_rate=rate,
-            dropout_key=self.make_rng("dropout") if rate else None,
-            keep_weights=self.config.remat == "none",
-            over_context=self.over_context,
+            *kv,
+            visibility,
+            config=self.config,
+            dropout=Dropout(rate, self.make_rng("dropout")) if rate else None,
+            max_heads=self.max_heads_parallel,
+            over_context=not visibility.causal,
         )
+
+    def project(self, out_BLNH: jax.Array) -> jax.Array:
+        """Joins the heads: (B, L, D)."""
+        return self.o_proj(out_BLNH.reshape(*out_BLNH.shape[:2], self.config.num_channels))
 
     def _split(self, x_BSD: jax.Array) -> jax.Array:
         return x_BSD.reshape(*x_BSD.shape[:2], self.config.num_heads, self.config.head_dim)
@@ -185,48 +171,46 @@ class CrossAttentionLayer(nn.Module):
         config = self.config
         self.q_norm = LayerNorm(config)
         self.kv_norm = LayerNorm(config)
-        self.attention = MultiHeadAttention(
-            config, config.max_heads_parallel, out_bias=True, over_context=True
-        )
+        self.attention = MultiHeadAttention(config, config.max_heads_parallel, out_bias=True)
         self.mlp = MLP(config.cross_attention_widening_factor, config)
         self.dropout = nn.Dropout(config.residual_dropout)
+
+    def prefix_keys_values(self, prefix_BPD: jax.Array, rotation_BP: Rotation) -> KeysValues:
+        """Keys and values of prefix positions, each a function of its own position alone."""
+        return self.attention.keys_values(self.kv_norm(prefix_BPD), rotation_BP)
 
     def __call__(
         self,
         latents_BLD: jax.Array,
-        prefix_BPD: jax.Array,
+        rotation_BL: Rotation,
+        visible_latents: Visibility,
+        prefix: KeysValues | None,
+        visible_prefix: Visibility,
         *,
-        rotation_latents: Rotation,
-        rotation_keys: Rotation,
-        mask_BLK: jax.Array,
         deterministic: bool = True,
-        cache: LayerCache | None = None,
-        slot: jax.Array | None = None,
-    ) -> tuple[jax.Array, KeysValues | LayerCache]:
-        """Returns latents (B, L, D), and the keys and values of prefix and latents.
-
-        With a cache, the new keys and values join it in `slot`, all of it is attended to, and it
-        is what comes back.
-        """
+    ) -> tuple[jax.Array, KeysValues]:
+        """Returns latents (B, L, D), and their keys and values; `prefix` is None if it is empty."""
         normed_BLD = self.q_norm(latents_BLD)
-        keys_BKD = self._normed_keys(prefix_BPD, latents_BLD, normed_BLD)
-        q_BLNH = self.attention.queries(normed_BLD, rotation_latents)
-        kv = self.attention.keys_values(keys_BKD, rotation_keys)
-        if cache is None:
-            return _residual_branches(self, latents_BLD, q_BLNH, kv, mask_BLK, deterministic), kv
-        cache = cache.write(kv, slot)
-        return _residual_branches(self, latents_BLD, q_BLNH, cache, mask_BLK, deterministic), cache
+        q_BLNH = self.attention.queries(normed_BLD, rotation_BL)
+        kv = self.attention.keys_values(normed_BLD, rotation_BL)
+        parts = [(kv, visible_latents)]
+        if prefix is not None:
+            parts.append((prefix, visible_prefix))
+        out_BLNH, _ = merge(
+            [self.attention.attend(q_BLNH, *part, deterministic=deterministic) for part in parts]
+        )
+        return _residual_branches(self, latents_BLD, out_BLNH, deterministic), kv
 
-    def _normed_keys(self, prefix_BPD, latents_BLD, normed_BLD):
-        num_keys = prefix_BPD.shape[1] + latents_BLD.shape[1]
-        if not has_context(num_keys):
-            # Also for an empty prefix, so that init always makes kv_norm's parameters.
-            return jnp.concatenate([self.kv_norm(prefix_BPD), normed_BLD], axis=1)
-        # Each device takes both norms of its own part: to cut the parts would be to exchange them.
-        x_BKD = jnp.concatenate([prefix_BPD, latents_BLD], axis=1)
-        x_BKD = constrain(x_BKD, "batch", "keys", None)
-        is_prefix_K1 = jnp.arange(num_keys)[:, None] < prefix_BPD.shape[1]
-        return jnp.where(is_prefix_K1, self.kv_norm(x_BKD), self.q_norm(x_BKD))
+    def decode_step(
+        self,
+        latent_B1D: jax.Array,
+        rotation_B1: Rotation,
+        cache: LayerCache,
+        slot: jax.Array,
+        mask_BK: jax.Array,
+    ) -> tuple[jax.Array, LayerCache]:
+        """One more latent per row: its keys and values join the cache in `slot`."""
+        return _decode_step(self, self.q_norm, latent_B1D, rotation_B1, cache, slot, mask_BK)
 
 
 class SelfAttentionLayer(nn.Module):
@@ -244,25 +228,39 @@ class SelfAttentionLayer(nn.Module):
     def __call__(
         self,
         x_BLD: jax.Array,
-        rotation: Rotation | None,
-        mask_BLK: jax.Array,
+        rotation_BL: Rotation | None,
+        visible: Visibility,
         *,
         deterministic: bool = True,
-        cache: LayerCache | None = None,
-        slot: jax.Array | None = None,
-    ) -> tuple[jax.Array, KeysValues | LayerCache]:
-        """Returns latents (B, L, D), and their keys and values; `cache` as in the hybrid layer."""
+    ) -> tuple[jax.Array, KeysValues]:
+        """Returns latents (B, L, D), and their keys and values."""
         normed_BLD = self.norm(x_BLD)
-        q_BLNH = self.attention.queries(normed_BLD, rotation)
-        kv = self.attention.keys_values(normed_BLD, rotation)
-        if cache is None:
-            return _residual_branches(self, x_BLD, q_BLNH, kv, mask_BLK, deterministic), kv
-        cache = cache.write(kv, slot)
-        return _residual_branches(self, x_BLD, q_BLNH, cache, mask_BLK, deterministic), cache
+        q_BLNH = self.attention.queries(normed_BLD, rotation_BL)
+        kv = self.attention.keys_values(normed_BLD, rotation_BL)
+        out_BLNH, _ = self.attention.attend(q_BLNH, kv, visible, deterministic=deterministic)
+        return _residual_branches(self, x_BLD, out_BLNH, deterministic), kv
+
+    def decode_step(
+        self,
+        x_B1D: jax.Array,
+        rotation_B1: Rotation | None,
+        cache: LayerCache,
+        slot: jax.Array,
+        mask_BK: jax.Array,
+    ) -> tuple[jax.Array, LayerCache]:
+        """One more latent per row, as in the hybrid layer."""
+        return _decode_step(self, self.norm, x_B1D, rotation_B1, cache, slot, mask_BK)
 
 
-def _residual_branches(layer, x_BLD, q_BLNH, kv, mask_BLK, deterministic):
-    out_BLD = layer.attention(q_BLNH, kv, mask_BLK, deterministic=deterministic)
+def _decode_step(layer, norm, x_B1D, rotation_B1, cache, slot, mask_BK):
+    normed_B1D = norm(x_B1D)
+    q_B1NH = layer.attention.queries(normed_B1D, rotation_B1)
+    cache = cache.write(layer.attention.keys_values(normed_B1D, rotation_B1), slot)
+    return _residual_branches(layer, x_B1D, cache.attend(q_B1NH, mask_BK), True), cache
+
+
+def _residual_branches(layer, x_BLD, out_BLNH, deterministic):
+    out_BLD = layer.attention.project(out_BLNH)
     x_BLD = checkpoint_name(
         x_BLD + layer.dropout(out_BLD, deterministic=deterministic), "attention_residual"
     )

@@ -3,20 +3,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from perceiver_ar_jax.config import PerceiverARConfig
-from perceiver_ar_jax.model import masks
 from perceiver_ar_jax.model.cache import Cache
+from perceiver_ar_jax.model.inputs import Inputs
 from perceiver_ar_jax.model.layers import (
     CrossAttentionLayer,
     Embedding,
     LayerNorm,
     SelfAttentionLayer,
 )
-from perceiver_ar_jax.model.positions import (
-    Rotation,
-    positions,
-    positions_in_segments,
-    rotation,
-)
+from perceiver_ar_jax.model.positions import rotation
 from perceiver_ar_jax.parallel import constrain
 
 # What remat="names" keeps for the backward pass: results of matmuls, but no attention weights.
@@ -93,7 +88,8 @@ class PerceiverAR(nn.Module):
         deterministic: bool = True,
     ) -> jax.Array:
         """What the head reads, (B, L, D); arguments as in `__call__`."""
-        x_BLD, _, *inner = self._read(tokens_BS, prefix_len, pad_mask, segment_ids, deterministic)
+        inputs = Inputs.of(tokens_BS, pad_mask, segment_ids)
+        x_BLD, _, *inner = self._read(inputs, prefix_len, deterministic)
         return self._normed(self._layers(x_BLD, *inner, deterministic))
 
     def logits(self, hidden_BLD: jax.Array) -> jax.Array:
@@ -108,16 +104,16 @@ class PerceiverAR(nn.Module):
         self, tokens_BS: jax.Array, prefix_len: int, pad_mask: jax.Array | None = None
     ) -> tuple[jax.Array, Cache]:
         """Reads a prompt: hidden states (B, L, D), and a cache that holds just the prompt."""
-        x_BLD, cross, rotation_BL, mask_BLL = self._read(tokens_BS, prefix_len, pad_mask)
+        x_BLD, cross, rotation_BL, visible = self._read(Inputs.of(tokens_BS, pad_mask), prefix_len)
         layers = []
         for index, layer in enumerate(self.self_attention):
-            x_BLD, kv = layer(x_BLD, self._rotation_of(index, rotation_BL), mask_BLL)
+            x_BLD, kv = layer(x_BLD, self._rotation_of(index, rotation_BL), visible)
             layers.append(kv)
         pads_B = jnp.zeros(len(tokens_BS), jnp.int32) if pad_mask is None else pad_mask.sum(1)
         return self._normed(x_BLD), Cache.of_prompt(cross, tuple(layers), pads_B, prefix_len)
 
     def decode_step(self, tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Reads one more token a row: its hidden state (B, D), and the cache with it inside.
+        """Reads one more token per row: its hidden state (B, D), and the cache with it inside.
 
         A latent that has become prefix keeps the keys and values it was given as a latent.
         Source: `generate(use_cache=True)` of perceiver-io 0.11.
@@ -125,67 +121,55 @@ class PerceiverAR(nn.Module):
         position_B1 = (cache.length - cache.pads_B)[:, None]
         x_B1D = self._embed(tokens_B[:, None], position_B1)
         rotation_B1 = rotation(position_B1, self.config)
-        slot, mask_B1C = cache.cross_slot_and_mask()
-        x_B1D, cross = self.cross_attention(
-            x_B1D,
-            x_B1D[:, :0],
-            rotation_latents=rotation_B1,
-            rotation_keys=rotation_B1,
-            mask_BLK=mask_B1C,
-            cache=cache.cross,
-            slot=slot,
+        x_B1D, cross = self.cross_attention.decode_step(
+            x_B1D, rotation_B1, cache.cross, *cache.cross_slot_and_mask()
         )
+        slot, mask_BA = cache.layer_slot_and_mask()
         layers = []
-        slot, mask_B1A = cache.layer_slot_and_mask()
-        for index, (layer, kv) in enumerate(zip(self.self_attention, cache.layers, strict=True)):
-            rotation_1L = self._rotation_of(index, rotation_B1)
-            x_B1D, kv = layer(x_B1D, rotation_1L, mask_B1A, cache=kv, slot=slot)
-            layers.append(kv)
+        for index, layer in enumerate(self.self_attention):
+            x_B1D, layer_cache = layer.decode_step(
+                x_B1D, self._rotation_of(index, rotation_B1), cache.layers[index], slot, mask_BA
+            )
+            layers.append(layer_cache)
         cache = cache.replace(cross=cross, layers=tuple(layers), length=cache.length + 1)
         return self._normed(x_B1D)[:, 0], cache
 
-    def _read(self, tokens_BS, prefix_len, pad_mask_BS, segment_ids_BS=None, deterministic=True):
-        """The hybrid layer: latents, keys and values; rotation and mask for the layers after it."""
+    def _read(self, inputs: Inputs, prefix_len: int, deterministic: bool = True):
+        """The hybrid layer: latents, keys and values of all that was read; and what the layers
+        after it need, the latents' rotation and visibility.
+        """
         config = self.config
-        _check_lengths(tokens_BS.shape[1], prefix_len, config)
-        if segment_ids_BS is None:
-            positions_BS = positions(tokens_BS.shape[1], pad_mask_BS)
-        else:
-            positions_BS = positions_in_segments(segment_ids_BS)
+        _check_lengths(inputs.length, prefix_len, config)
+        prefix, latents = inputs.split(prefix_len)
         if not deterministic and prefix_len and config.cross_attention_dropout:
-            kept_BK = _kept_columns(self.make_rng("dropout"), tokens_BS.shape, prefix_len, config)
-            prefix_len -= tokens_BS.shape[1] - kept_BK.shape[1]
-            positions_BS = jnp.broadcast_to(positions_BS, tokens_BS.shape)
-            tokens_BS, positions_BS, pad_mask_BS, segment_ids_BS = jax.tree.map(
-                lambda x_BS: jnp.take_along_axis(x_BS, kept_BK, axis=1),
-                (tokens_BS, positions_BS, pad_mask_BS, segment_ids_BS),
-            )
-        x_BSD = self._embed(tokens_BS, positions_BS)
-        rotation_BS = rotation(positions_BS, config)
-        rotation_BL = Rotation(*(angles[:, prefix_len:] for angles in rotation_BS))
+            prefix = prefix.gather(_kept_columns(self.make_rng("dropout"), prefix, config))
+        rotation_BL = rotation(latents.positions_BS, config)
+        visible = latents.visible_from(latents, causal=True)
 
-        def hybrid(layer, latents_BLD, prefix_BPD, mask_BLK):
-            return layer(
+        def hybrid(layer, latents_BLD, prefix_BPD):
+            kv = None
+            if prefix.length or self.is_initializing():  # init makes kv_norm's parameters
+                kv = layer.prefix_keys_values(prefix_BPD, rotation(prefix.positions_BS, config))
+            x_BLD, kv_latents = layer(
                 latents_BLD,
-                prefix_BPD,
-                rotation_latents=rotation_BL,
-                rotation_keys=rotation_BS,
-                mask_BLK=mask_BLK,
+                rotation_BL,
+                visible,
+                kv if prefix.length else None,
+                prefix.visible_from(latents, causal=False),
                 deterministic=deterministic,
             )
+            return x_BLD, kv_latents if kv is None else kv.followed_by(kv_latents)
 
-        keys, latents = x_BSD.shape[1], x_BSD.shape[1] - prefix_len
-        mask_BLK = masks.causal(latents, keys, pad_mask_BS, segment_ids_BS)
         x_BLD, cross = _remat(nn.remat, hybrid, config)(
-            self.cross_attention, x_BSD[:, prefix_len:], x_BSD[:, :prefix_len], mask_BLK
+            self.cross_attention, self._embed_inputs(latents), self._embed_inputs(prefix)
         )
-        return x_BLD, cross, rotation_BL, mask_BLK[:, :, prefix_len:]
+        return x_BLD, cross, rotation_BL, visible
 
-    def _layers(self, x_BLD, rotation_BL, mask_BLL, deterministic):
+    def _layers(self, x_BLD, rotation_BL, visible, deterministic):
         """The self-attention layers without their keys and values: remat, scan, dropout."""
 
         def decoder(layer, x_BLD, rotation_BL):
-            return layer(x_BLD, rotation_BL, mask_BLL, deterministic=deterministic)[0]
+            return layer(x_BLD, rotation_BL, visible, deterministic=deterministic)[0]
 
         split = self.config.num_rotary_layers
         groups = (self.self_attention[:split], rotation_BL), (self.self_attention[split:], None)
@@ -200,6 +184,9 @@ class PerceiverAR(nn.Module):
 
     def _rotation_of(self, index, rotation_BL):
         return rotation_BL if index < self.config.num_rotary_layers else None
+
+    def _embed_inputs(self, inputs):
+        return self._embed(inputs.tokens_BS, inputs.positions_BS)
 
     def _embed(self, tokens_BS, positions_BS):
         x_BSD = self.token_embedding(tokens_BS)
@@ -229,18 +216,15 @@ def _check_lengths(length, prefix_len, config):
         )
 
 
-def _kept_columns(key, shape_BS, prefix_len, config):
-    """Columns that prefix dropout leaves, in order, (B, K): some of the prefix, all latents.
+def _kept_columns(key, prefix, config):
+    """Columns of the prefix that dropout leaves, in order, (B, K).
 
-    Each row keeps exactly P - int(P * rate) prefix columns, drawn without replacement.
+    Each row keeps exactly P - int(P * rate), drawn without replacement.
     Source: paper, appendix E.2; `PerceiverAR.forward` of perceiver-io.
     """
-    batch, length = shape_BS
-    num_kept = prefix_len - int(prefix_len * config.cross_attention_dropout)
-    order_BP = jnp.argsort(jax.random.uniform(key, (batch, prefix_len)), axis=1)
-    prefix_BK = jnp.sort(order_BP[:, :num_kept], axis=1)
-    latents_BL = jnp.broadcast_to(jnp.arange(prefix_len, length), (batch, length - prefix_len))
-    return jnp.concatenate([prefix_BK, latents_BL], axis=1)
+    num_kept = prefix.length - int(prefix.length * config.cross_attention_dropout)
+    order_BP = jnp.argsort(jax.random.uniform(key, prefix.tokens_BS.shape), axis=1)
+    return jnp.sort(order_BP[:, :num_kept], axis=1)
 
 
 def _scan(decoder, layers, x_BLD, rotation_BL, key, config):

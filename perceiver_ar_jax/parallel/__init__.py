@@ -1,4 +1,5 @@
 from perceiver_ar_jax.parallel.mesh import (
+    CONTEXT,
     MeshConfig,
     batch_share,
     check_batch_size,
@@ -19,13 +20,13 @@ from perceiver_ar_jax.parallel.sharding import (
     has_context,
     on_own_keys,
     on_own_rows,
-    over_devices,
     replicated,
     state_shardings,
     to_global,
 )
 
 __all__ = [
+    "CONTEXT",
     "MeshConfig",
     "batch_sharding",
     "batch_share",
@@ -41,7 +42,6 @@ __all__ = [
     "on_own_keys",
     "on_own_rows",
     "one_at_a_time",
-    "over_devices",
     "replicated",
     "state_shardings",
     "to_global",

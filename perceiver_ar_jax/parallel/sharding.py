@@ -1,6 +1,5 @@
 """How parameters, batches and activations lie on the mesh: logical axes and one table of rules."""
 
-import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -127,31 +126,19 @@ def has_context(num_keys: int) -> bool:
 
 
 def on_own_keys(
-    function: Callable[..., tuple], *, in_keys: Sequence[int | None], out_keys: Sequence[int | None]
+    function: Callable[..., tuple], axis: str, *, in_specs: tuple, out_specs: tuple
 ) -> Callable[..., tuple]:
-    """`function`, run by each device of the context axis on its own keys.
+    """`function`, run by each device of a mesh axis on its own part of the arrays.
 
     Args:
-      function: of the axis name and arrays, to a tuple.
-      in_keys: for each array, which dimension is that of the keys, if one is.
-      out_keys: the same for each result; those without keys are equal on all devices.
+      function: of arrays or trees, to a tuple.
+      axis: the only mesh axis that is cut along; the others stay the compiler's.
+      in_specs: a PartitionSpec for each argument, or for each leaf of it.
+      out_specs: the same for the results; those that do not name the axis are equal on all devices.
     """
-    in_specs, out_specs = (
-        tuple(PartitionSpec(*[None] * (dim or 0), CONTEXT if dim else None) for dim in dims)
-        for dims in (in_keys, out_keys)
-    )
     return jax.shard_map(
-        functools.partial(function, CONTEXT),
-        in_specs=in_specs,
-        out_specs=out_specs,
-        axis_names={CONTEXT},
-        check_vma=False,
+        function, in_specs=in_specs, out_specs=out_specs, axis_names={axis}, check_vma=False
     )
-
-
-def over_devices(reduce: Callable, x: jax.Array, axis: str | None) -> jax.Array:
-    """`reduce` (such as `jax.lax.psum`) over the devices of a mesh axis, if there is one."""
-    return x if axis is None else reduce(x, axis)
 
 
 def _mesh_axes(logical: Iterable[str | None]) -> list[tuple[str, ...]]:

@@ -1,0 +1,26 @@
+"""Attention: implementations behind one dispatch, and the merge of what they give.
+
+Every latent sees the whole prefix, and the latents see each other causally. So the hybrid layer is
+attention to the prefix without a causal mask, and square causal attention, joined by `merge`. An
+implementation is a file with a function
+
+    attend(q_BLNH, k_BKNH, v_BKNH, visibility, dropout) -> out_BLNH, lse_BNL
+
+of scaled and rotated queries, rotated keys and values. The softmax is taken in float32; `lse` is
+the log-sum-exp of the scores of each query. Queries that see no key at all (padding) give finite
+values, never NaN, and a log-sum-exp near MASK_VALUE, so that `merge` gives them no weight.
+"""
+
+from perceiver_ar_jax.model.attention.dispatch import attend, implementation_for
+from perceiver_ar_jax.model.attention.dropout import Dropout
+from perceiver_ar_jax.model.attention.merge import merge
+from perceiver_ar_jax.model.attention.visibility import MASK_VALUE, Visibility
+
+__all__ = [
+    "MASK_VALUE",
+    "Dropout",
+    "Visibility",
+    "attend",
+    "implementation_for",
+    "merge",
+]

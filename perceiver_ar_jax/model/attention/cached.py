@@ -1,0 +1,22 @@
+"""Attention of one new token per row to a cache: no softmax statistics, no gradients."""
+
+import jax
+import jax.numpy as jnp
+
+from perceiver_ar_jax.model.attention.visibility import MASK_VALUE
+
+
+def attend(q_BNH: jax.Array, k_BNHK: jax.Array, v_BNHK: jax.Array, mask_BK: jax.Array) -> jax.Array:
+    """Output (B, N, H).
+
+    Args:
+      q_BNH: the query of each row, scaled and rotated; (N, H) where the batch is 1, and likewise
+        for the others: XLA on CPU copies a cache in which a dimension is 1.
+      k_BNHK: rotated keys, in the cache's layout.
+      v_BNHK: values.
+      mask_BK: True where a key is visible.
+    """
+    scores = jnp.einsum("...NH,...NHK->...NK", q_BNH, k_BNHK, preferred_element_type=jnp.float32)
+    mask = jnp.expand_dims(mask_BK, -2)
+    weights = jax.nn.softmax(jnp.where(mask, scores, MASK_VALUE)).astype(q_BNH.dtype)
+    return jnp.einsum("...NK,...NHK->...NH", weights, v_BNHK)

@@ -1,0 +1,73 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from perceiver_ar_jax.config import PerceiverARConfig
+from perceiver_ar_jax.model.attention import plain, recompute
+from perceiver_ar_jax.model.attention.dropout import Dropout
+from perceiver_ar_jax.model.attention.visibility import Visibility
+from perceiver_ar_jax.parallel import CONTEXT, has_context
+
+IMPLEMENTATIONS = {"plain": plain.attend, "recompute": recompute.attend}
+
+
+def implementation_for(config: PerceiverARConfig, *, spread_over_context: bool) -> str:
+    """The implementation that `config.attention` names; where it says "auto", this rule.
+
+    `recompute` where the backward pass is to compute activations again anyway (`remat`), and where
+    the keys are spread over devices, which `plain` would gather; otherwise `plain`.
+    """
+    if config.attention != "auto":
+        return config.attention
+    return "recompute" if spread_over_context or config.remat != "none" else "plain"
+
+
+def attend(
+    q_BLNH: jax.Array,
+    k_BKNH: jax.Array,
+    v_BKNH: jax.Array,
+    visibility: Visibility,
+    *,
+    config: PerceiverARConfig,
+    dropout: Dropout | None = None,
+    max_heads: int | None = None,
+    over_context: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Softmax attention: output (B, L, N, H) and log-sum-exp (B, N, L).
+
+    Args:
+      q_BLNH: queries, scaled and rotated.
+      k_BKNH: keys, rotated.
+      v_BKNH: values.
+      visibility: which keys a query sees.
+      config: chooses the implementation.
+      dropout: of the attention weights.
+      max_heads: how many heads are computed at a time; None: all.
+      over_context: whether the keys are to be spread over the context axis of the mesh in use, if
+        it has one that divides them.
+    """
+    spread = over_context and has_context(k_BKNH.shape[1])
+    name = implementation_for(config, spread_over_context=spread)
+    run = IMPLEMENTATIONS[name]
+    if spread and name == "recompute":
+        run = functools.partial(recompute.attend, axis=CONTEXT)
+    if max_heads is None or max_heads >= q_BLNH.shape[2]:
+        return run(q_BLNH, k_BKNH, v_BKNH, visibility, dropout)
+    return _by_heads(run, q_BLNH, k_BKNH, v_BKNH, visibility, dropout, max_heads)
+
+
+def _by_heads(run, q_BLNH, k_BKNH, v_BKNH, visibility, dropout, max_heads):
+    """The same result, `max_heads` heads at a time, in less memory.
+
+    The backward pass computes each group again, so that there too the weights of one group are
+    alive at a time.
+    """
+    ends = list(range(max_heads, q_BLNH.shape[2], max_heads))
+    groups = zip(*(jnp.split(x, ends, axis=2) for x in (q_BLNH, k_BKNH, v_BKNH)), strict=True)
+    results = [
+        jax.checkpoint(run)(*group, visibility, dropout and dropout.fold_in(index))
+        for index, group in enumerate(groups)
+    ]
+    outs, lses = zip(*results, strict=True)
+    return jnp.concatenate(outs, axis=2), jnp.concatenate(lses, axis=1)

@@ -1,0 +1,46 @@
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+MASK_VALUE = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite, or rows without keys become NaN
+
+
+@struct.dataclass
+class Visibility:
+    """Which keys each query sees: a description, of which an implementation makes what it needs.
+
+    Attributes:
+      pad_mask_BK: True at padded keys, which no query sees; None where nothing is padded.
+      segment_ids_BL: the document of each query, which sees keys of the same document only.
+      segment_ids_BK: the document of each key; both or neither.
+      causal: whether query i sees keys 0 to i only. There are as many queries as keys then, so
+        masks aligned at the top left and at the bottom right are the same.
+    """
+
+    pad_mask_BK: jax.Array | None = None
+    segment_ids_BL: jax.Array | None = None
+    segment_ids_BK: jax.Array | None = None
+    causal: bool = struct.field(pytree_node=False, default=False)
+
+    def mask(self, num_queries: int, num_keys: int) -> jax.Array | None:
+        """True where a key is visible, (B or 1, L or 1, K); None where all of them are."""
+        mask_BLK = None
+        if self.causal:
+            mask_BLK = (jnp.arange(num_keys) <= jnp.arange(num_queries)[:, None])[None]
+        if self.pad_mask_BK is not None:
+            mask_BLK = _both(mask_BLK, ~self.pad_mask_BK[:, None, :])
+        if self.segment_ids_BK is not None:
+            same_BLK = self.segment_ids_BL[:, :, None] == self.segment_ids_BK[:, None, :]
+            mask_BLK = _both(mask_BLK, same_BLK)
+        return mask_BLK
+
+    def hide(self, scores_BNLK: jax.Array) -> jax.Array:
+        """The scores, MASK_VALUE at keys that are not visible."""
+        mask_BLK = self.mask(*scores_BNLK.shape[2:])
+        if mask_BLK is None:
+            return scores_BNLK
+        return jnp.where(mask_BLK[:, None], scores_BNLK, MASK_VALUE)
+
+
+def _both(a, b):
+    return b if a is None else a & b
