@@ -28,11 +28,16 @@ def test_prefixes_from_none_to_the_maximum_give_a_row_of_logits_per_latent(
 @pytest.mark.parametrize(
     "length, prefix_len, message",
     [
-        (0, 0, "Input sequence length out of valid range [1..14]"),
-        (15, 8, "Input sequence length out of valid range [1..14]"),
+        (0, 0, "Input sequence length out of valid range [1..14]: it is 0"),
+        (15, 8, "Input sequence length out of valid range [1..14]: it is 15"),
         (14, 9, "prefix_len (9) exceeds max_prefix_len (8)"),
         (5, 5, "prefix_len (5) out of valid range [0..5)"),
         (5, -1, "prefix_len (-1) out of valid range [0..5)"),
+        (
+            10,
+            3,
+            "10 positions with prefix_len 3 leave 7 latents; the model has at most 6 (max_latents)",
+        ),
     ],
 )
 def test_lengths_out_of_range_are_refused_in_the_words_of_the_reference(

@@ -5,7 +5,8 @@ from reference import assert_close_to_reference, our_model, random_config, refer
 from small_models import left_pads, quick_jit
 
 from perceiver_ar_jax.conversion.perceiver_io import rotary_channel_order
-from perceiver_ar_jax.model import masks
+from perceiver_ar_jax.model.attention import Visibility, merge
+from perceiver_ar_jax.model.cache import KeysValues
 from perceiver_ar_jax.model.layers import (
     MLP,
     CrossAttentionLayer,
@@ -21,6 +22,8 @@ with torch.no_grad():
 
 PREFIX, LATENTS = 5, 4
 PADS = left_pads([0, 3], PREFIX + LATENTS)
+VISIBLE_PREFIX = Visibility(PADS[:, :PREFIX])
+VISIBLE_LATENTS = Visibility(PADS[:, PREFIX:], causal=True)
 CONFIGS = {
     "absolute positions": random_config(
         0, num_channels=32, num_heads=2, num_self_attention_layers=1, abs_pos_emb=True,
@@ -42,6 +45,7 @@ class Pair:
         _, self.params = our_model(self.reference, config)
         positions_BS = positions(PREFIX + LATENTS, PADS)
         self.rotation = rotation(positions_BS, config)
+        self.rotation_of_prefix = Rotation(*(x[:, :PREFIX] for x in self.rotation))
         self.rotation_of_latents = Rotation(*(x[:, PREFIX:] for x in self.rotation))
         angles = self.reference.input_adapter.frq_pos_encoding(
             torch.tensor(np.asarray(positions_BS))
@@ -118,8 +122,10 @@ def test_attention(pair):
     def run(attention):
         q = attention.queries(x_q, pair.rotation_of_latents)
         kv = attention.keys_values(x_kv, pair.rotation)
-        mask = masks.causal(LATENTS, PREFIX + LATENTS, PADS)
-        return attention(q, kv, mask, deterministic=True)
+        prefix = KeysValues(kv.k[:, :PREFIX], kv.v[:, :PREFIX]), VISIBLE_PREFIX
+        latents = KeysValues(kv.k[:, PREFIX:], kv.v[:, PREFIX:]), VISIBLE_LATENTS
+        parts = [attention.attend(q, *part, deterministic=True) for part in (prefix, latents)]
+        return attention.project(merge(parts)[0])
 
     module = MultiHeadAttention(pair.config, pair.config.max_heads_parallel, out_bias=True)
     pair.assert_same(module, "cross_attention/attention", run, expected.last_hidden_state)
@@ -138,10 +144,10 @@ def test_cross_attention_layer(pair):
     def run(layer):
         return layer(
             latents,
-            prefix,
-            rotation_latents=pair.rotation_of_latents,
-            rotation_keys=pair.rotation,
-            mask_BLK=masks.causal(LATENTS, PREFIX + LATENTS, PADS),
+            pair.rotation_of_latents,
+            VISIBLE_LATENTS,
+            layer.prefix_keys_values(prefix, pair.rotation_of_prefix),
+            VISIBLE_PREFIX,
         )[0]
 
     module = CrossAttentionLayer(pair.config)
@@ -157,7 +163,7 @@ def test_self_attention_layer(pair, rotates):
 
     def run(layer):
         turned = pair.rotation_of_latents if rotates else None
-        return layer(latents, turned, masks.causal(LATENTS, LATENTS))[0]
+        return layer(latents, turned, Visibility(causal=True))[0]
 
     module = SelfAttentionLayer(pair.config)
     pair.assert_same(module, "self_attention_0", run, expected.last_hidden_state)

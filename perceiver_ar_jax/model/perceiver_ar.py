@@ -207,12 +207,19 @@ def init_params(model: PerceiverAR, key: jax.Array) -> dict:
 
 def _check_lengths(length, prefix_len, config):
     if not 0 < length <= config.max_seq_len:
-        raise ValueError(f"Input sequence length out of valid range [1..{config.max_seq_len}]")
+        raise ValueError(
+            f"Input sequence length out of valid range [1..{config.max_seq_len}]: it is {length}"
+        )
     if not 0 <= prefix_len < length:
         raise ValueError(f"prefix_len ({prefix_len}) out of valid range [0..{length})")
     if prefix_len > config.max_prefix_len:
         raise ValueError(
             f"prefix_len ({prefix_len}) exceeds max_prefix_len ({config.max_prefix_len})"
+        )
+    if length - prefix_len > config.max_latents:
+        raise ValueError(
+            f"{length} positions with prefix_len {prefix_len} leave {length - prefix_len} latents; "
+            f"the model has at most {config.max_latents} (max_latents)"
         )
 
 
