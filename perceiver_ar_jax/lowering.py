@@ -6,9 +6,9 @@ import jax
 from jax.sharding import Mesh
 
 from perceiver_ar_jax.model import PerceiverAR, init_params
-from perceiver_ar_jax.parallel import batch_sharding, state_shardings, use_mesh
+from perceiver_ar_jax.parallel import batch_sharding, use_mesh
 from perceiver_ar_jax.run_config import RunConfig
-from perceiver_ar_jax.training import Batch, TrainState, make_optimizer, train_step
+from perceiver_ar_jax.training import Batch, TrainState, make_optimizer, state_shardings, train_step
 
 _optimizer = functools.cache(make_optimizer)  # states are equal only if they share the object
 

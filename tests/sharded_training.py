@@ -8,8 +8,15 @@ from small_models import left_pads, quick_jit, random_params, random_tokens, sma
 
 from perceiver_ar_jax import PerceiverAR
 from perceiver_ar_jax.data import DataConfig, EvaluationBatches, TokenDocument
-from perceiver_ar_jax.parallel import MeshConfig, make_mesh, state_shardings, to_global, use_mesh
-from perceiver_ar_jax.training import Batch, OptimizerConfig, TrainState, make_optimizer, train_step
+from perceiver_ar_jax.parallel import MeshConfig, make_mesh, to_global, use_mesh
+from perceiver_ar_jax.training import (
+    Batch,
+    OptimizerConfig,
+    TrainState,
+    make_optimizer,
+    state_shardings,
+    train_step,
+)
 
 BATCH_SIZE, STEPS = 8, 3
 CONFIG = small_config(

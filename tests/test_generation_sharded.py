@@ -5,7 +5,8 @@ from small_models import random_params, small_config
 
 from perceiver_ar_jax import PerceiverAR, generate
 from perceiver_ar_jax.generation import prefill, stream
-from perceiver_ar_jax.parallel import MeshConfig, make_mesh, state_shardings
+from perceiver_ar_jax.model import parameter_shardings
+from perceiver_ar_jax.parallel import MeshConfig, make_mesh
 
 PROMPTS = [[1, 2, 3, 4, 5], [6, 7], [*range(10, 20)], [9, 9, 9]]
 OPTIONS = {"num_latents": 2, "max_new_tokens": 20}
@@ -31,7 +32,7 @@ def unsharded():
 def test_sharded_parameters_give_the_same_tokens(unsharded, mesh, options):
     model, params = unsharded
     expected = generate(model, params, PROMPTS, **OPTIONS, **options)
-    spread = jax.device_put(params, state_shardings(params, make_mesh(mesh)))
+    spread = jax.device_put(params, parameter_shardings(params, make_mesh(mesh)))
     actual = generate(model, spread, PROMPTS, **OPTIONS, **options)
     np.testing.assert_array_equal(actual, expected)
 
@@ -40,7 +41,7 @@ def test_sharded_parameters_stream_the_same_tokens(unsharded):
     model, params = unsharded
     expected = generate(model, params, PROMPTS, **OPTIONS)[:, -20:]
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    spread = jax.device_put(params, state_shardings(params, mesh))
+    spread = jax.device_put(params, parameter_shardings(params, mesh))
     streamed = np.stack(list(stream(model, spread, PROMPTS, **OPTIONS)), axis=1)
     np.testing.assert_array_equal(streamed, expected)
 
@@ -48,6 +49,6 @@ def test_sharded_parameters_stream_the_same_tokens(unsharded):
 def test_caches_of_a_batch_are_spread_over_the_data_axis(unsharded):
     model, params = unsharded
     mesh = make_mesh(MeshConfig(data=4, tensor=2))
-    spread = jax.device_put(params, state_shardings(params, mesh))
+    spread = jax.device_put(params, parameter_shardings(params, mesh))
     values = prefill(model, spread, PROMPTS, num_latents=2).context.cache.cross.v
     assert values.sharding.shard_shape(values.shape)[0] == 1

@@ -50,4 +50,5 @@ def test_logits_and_gradients_are_those_of_the_unsharded_model(axes, changes, ex
     with use_mesh(mesh):
         compiled, inputs = logits_and_gradients(CONFIG.replace(**changes), mesh)
         actual = jax.device_get(compiled(*inputs))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6), actual, expected)
+    # Logits of up to 3: a log-sum-exp is rounded to a unit in its last place before each merge.
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=3e-6), actual, expected)

@@ -7,16 +7,16 @@ from sharded_training import CONFIG, mesh_of, train
 from small_models import random_params, random_tokens, small_config
 
 from perceiver_ar_jax import PerceiverAR, generate
-from perceiver_ar_jax.model import init_params
+from perceiver_ar_jax.model import init_params, parameter_shardings
 from perceiver_ar_jax.parallel import (
     MeshConfig,
     batch_share,
     check_batch_size,
     constrain,
     make_mesh,
-    state_shardings,
     use_mesh,
 )
+from perceiver_ar_jax.training import state_shardings
 
 MESHES = (
     {"data": 8},
@@ -91,7 +91,7 @@ def test_a_width_that_does_not_divide_fails_with_the_arithmetic():
     model = PerceiverAR(small_config(num_channels=12, num_heads=2))
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     with pytest.raises(ValueError, match="12 does not divide by fsdp = 8"):
-        state_shardings(shapes, mesh_of(fsdp=8))
+        parameter_shardings(shapes, mesh_of(fsdp=8))
 
 
 def test_a_batch_that_does_not_divide_fails_with_the_arithmetic():
@@ -137,7 +137,7 @@ def test_processes_that_share_rows_in_part_are_refused():
 def test_generate_gives_the_same_tokens_with_sharded_parameters():
     params = random_params(CONFIG)
     mesh = mesh_of(fsdp=4, tensor=2)
-    sharded = jax.device_put(params, state_shardings(params, mesh))
+    sharded = jax.device_put(params, parameter_shardings(params, mesh))
     model = PerceiverAR(CONFIG)
     prompt = random_tokens(CONFIG, 9, batch=3)
     tokens = generate(model, params, prompt, num_latents=2, max_new_tokens=8)

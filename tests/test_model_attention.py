@@ -120,11 +120,16 @@ def test_heads_in_groups_give_the_value_and_gradients_of_all_at_once(implementat
 
 
 @implementations
-def test_a_query_that_sees_no_key_is_finite_and_so_are_its_gradients(implementation):
-    all_pads = np.array([[0] * 7, [1] * 5 + [0] * 2], bool)
-    run = hybrid(attend_with(implementation), all_pads)
-    assert all(np.isfinite(x).all() for x in quick_jit(run)(*example()))
-    assert all(np.isfinite(x).all() for x in gradients(run, *example()))
+def test_a_query_that_sees_no_key_gives_zero_and_has_no_gradient(implementation):
+    all_pads = np.array([[0] * 7, [1] * 5 + [0] * 2], bool)  # its first two queries are pads
+    attention = hybrid(attend_with(implementation), all_pads)
+    out, _ = quick_jit(attention)(*example())
+    assert (out[1, :2] == 0).all()
+    dq, dk, dv = gradients(lambda *x: attention(*x)[0], *example())
+    assert (dq[1, :2] == 0).all()
+    assert (dk[1, :5] == 0).all()
+    assert (dv[1, :5] == 0).all()
+    assert all(np.isfinite(x).all() for x in (dq, dk, dv))
 
 
 @implementations

@@ -31,10 +31,11 @@ def apply(config, pad_mask, **mode):
     return PerceiverAR(config).apply(variables, tokens, PREFIX_LEN, pad_mask, **mode)
 
 
-def kept_columns(rate, prefix_len, seed=0, batch=4000):
+def kept_columns(rate, prefix_len, seed=0, batch=4000, latents=3):
     config = small_config(cross_attention_dropout=rate)
-    prefix = Inputs.of(np.zeros((batch, prefix_len), np.int32))
-    return np.asarray(perceiver_ar._kept_columns(jax.random.key(seed), prefix, config))
+    inputs = Inputs.of(np.zeros((batch, prefix_len + latents), np.int32))
+    key = jax.random.key(seed)
+    return np.asarray(perceiver_ar._kept_columns(key, inputs, prefix_len, config))
 
 
 @pytest.mark.parametrize(
@@ -59,15 +60,17 @@ def test_training_mode_without_dropout_needs_no_key_and_changes_nothing():
 @pytest.mark.parametrize(
     "rate, prefix_len", [(0.5, 1), (1.0, 1), (0.3, 7), (0.1, 10), (0.99, 10), (1.0, 10)]
 )
-def test_prefix_dropout_keeps_an_exact_count_of_the_prefix_in_order(rate, prefix_len):
+def test_prefix_dropout_keeps_an_exact_count_in_order_and_all_latents(rate, prefix_len):
     columns_BK = kept_columns(rate, prefix_len, batch=50)
-    assert columns_BK.shape == (50, prefix_len - int(prefix_len * rate))
+    num_kept = prefix_len - int(prefix_len * rate)
+    assert columns_BK.shape == (50, num_kept + 3)
     assert (np.diff(columns_BK, axis=1) > 0).all()
-    assert ((columns_BK >= 0) & (columns_BK < prefix_len)).all()
+    assert (columns_BK[:, :num_kept] < prefix_len).all()
+    assert (columns_BK[:, num_kept:] == prefix_len + np.arange(3)).all()
 
 
 def test_prefix_dropout_keeps_every_column_equally_often():
-    columns_BK = kept_columns(0.5, prefix_len=8)
+    columns_BK = kept_columns(0.5, prefix_len=8)[:, :4]
     share = np.bincount(columns_BK.reshape(-1), minlength=8) / len(columns_BK)
     np.testing.assert_allclose(share, 0.5, atol=0.04)
     pairs = {tuple(row) for row in columns_BK}
@@ -77,7 +80,7 @@ def test_prefix_dropout_keeps_every_column_equally_often():
 @pytest.mark.parametrize("pad_mask", [None, left_pads([0, 3, 6], LENGTH)], ids=["full", "padded"])
 def test_prefix_dropout_gives_the_logits_of_the_columns_it_kept(monkeypatch, pad_mask):
     config = small_config(cross_attention_dropout=0.4)
-    columns_BK = kept_columns(0.4, PREFIX_LEN, seed=5, batch=3)
+    columns_BK = kept_columns(0.4, PREFIX_LEN, seed=5, batch=3, latents=LENGTH - PREFIX_LEN)
     monkeypatch.setattr(perceiver_ar, "_kept_columns", lambda *_: jnp.asarray(columns_BK))
     dropped = training_logits(config, pad_mask)[0]
 

@@ -74,8 +74,8 @@ class Cache:
     differences of positions only, so this equals the reference's renumbering at every step.
     """
 
-    cross: LayerCache  # C slots: prefix and latents
-    layers: tuple[LayerCache, ...]  # A slots for each self-attention layer: latents only
+    cross: LayerCache  # K slots: prefix and latents
+    layers: tuple[LayerCache, ...]  # K slots for each self-attention layer: latents only
     pads_B: jax.Array  # padded columns of each row
     first_latent: jax.Array  # the first column that is a latent
     length: jax.Array  # columns so far
@@ -114,18 +114,18 @@ class Cache:
         )
 
     def cross_slot_and_mask(self) -> tuple[jax.Array, jax.Array]:
-        """Where the next column goes in `cross`, and what it sees there, (B, C)."""
+        """Where the next column goes in `cross`, and what it sees there, (B, K)."""
         capacity = self.cross.capacity
-        columns_C = _newest_columns(self.length, capacity)
-        return self.length % capacity, columns_C >= self.pads_B[:, None]
+        columns_K = _newest_columns(self.length, capacity)
+        return self.length % capacity, columns_K >= self.pads_B[:, None]
 
     def layer_slot_and_mask(self) -> tuple[jax.Array, jax.Array]:
-        """Where the next latent goes in each of `layers`, and what it sees there, (B, A)."""
+        """Where the next latent goes in each of `layers`, and what it sees there, (B, K)."""
         capacity = self.layers[0].capacity if self.layers else 1
         latent = self.num_latents
-        columns_A = self.first_latent + _newest_columns(latent, capacity)
+        columns_K = self.first_latent + _newest_columns(latent, capacity)
         first_B = jnp.maximum(self.pads_B, self.first_latent)
-        return latent % capacity, columns_A >= first_B[:, None]
+        return latent % capacity, columns_K >= first_B[:, None]
 
 
 def _without_single(x):

@@ -12,7 +12,7 @@ from perceiver_ar_jax.model.layers import (
     SelfAttentionLayer,
 )
 from perceiver_ar_jax.model.positions import rotation
-from perceiver_ar_jax.parallel import constrain
+from perceiver_ar_jax.parallel import constrain, has_context
 
 # What remat="names" keeps for the backward pass: results of matmuls, but no attention weights.
 KEPT_NAMES = ("statistics", "qkv", "attention_out", "attention_residual", "mlp_up")
@@ -124,11 +124,11 @@ class PerceiverAR(nn.Module):
         x_B1D, cross = self.cross_attention.decode_step(
             x_B1D, rotation_B1, cache.cross, *cache.cross_slot_and_mask()
         )
-        slot, mask_BA = cache.layer_slot_and_mask()
+        slot, mask_BK = cache.layer_slot_and_mask()
         layers = []
         for index, layer in enumerate(self.self_attention):
             x_B1D, layer_cache = layer.decode_step(
-                x_B1D, self._rotation_of(index, rotation_B1), cache.layers[index], slot, mask_BA
+                x_B1D, self._rotation_of(index, rotation_B1), cache.layers[index], slot, mask_BK
             )
             layers.append(layer_cache)
         cache = cache.replace(cross=cross, layers=tuple(layers), length=cache.length + 1)
@@ -140,13 +140,15 @@ class PerceiverAR(nn.Module):
         """
         config = self.config
         _check_lengths(inputs.length, prefix_len, config)
-        prefix, latents = inputs.split(prefix_len)
         if not deterministic and prefix_len and config.cross_attention_dropout:
-            prefix = prefix.gather(_kept_columns(self.make_rng("dropout"), prefix, config))
+            kept_BK = _kept_columns(self.make_rng("dropout"), inputs, prefix_len, config)
+            prefix_len -= inputs.length - kept_BK.shape[1]
+            inputs = inputs.gather(kept_BK)
+        prefix, latents = inputs.split(prefix_len)
         rotation_BL = rotation(latents.positions_BS, config)
         visible = latents.visible_from(latents, causal=True)
 
-        def hybrid(layer, latents_BLD, prefix_BPD):
+        def hybrid(layer, prefix_BPD, latents_BLD):
             kv = None
             if prefix.length or self.is_initializing():  # init makes kv_norm's parameters
                 kv = layer.prefix_keys_values(prefix_BPD, rotation(prefix.positions_BS, config))
@@ -161,7 +163,7 @@ class PerceiverAR(nn.Module):
             return x_BLD, kv_latents if kv is None else kv.followed_by(kv_latents)
 
         x_BLD, cross = _remat(nn.remat, hybrid, config)(
-            self.cross_attention, self._embed_inputs(latents), self._embed_inputs(prefix)
+            self.cross_attention, *self._embed_parts(inputs, prefix_len)
         )
         return x_BLD, cross, rotation_BL, visible
 
@@ -185,8 +187,13 @@ class PerceiverAR(nn.Module):
     def _rotation_of(self, index, rotation_BL):
         return rotation_BL if index < self.config.num_rotary_layers else None
 
-    def _embed_inputs(self, inputs):
-        return self._embed(inputs.tokens_BS, inputs.positions_BS)
+    def _embed_parts(self, inputs, prefix_len):
+        """Prefix (B, P, D) and latents (B, L, D)."""
+        if has_context(prefix_len):  # each device embeds its own part of the prefix
+            return [self._embed(x.tokens_BS, x.positions_BS) for x in inputs.split(prefix_len)]
+        # One gather: the gradient of each costs a pass over the whole table.
+        x_BSD = self._embed(inputs.tokens_BS, inputs.positions_BS)
+        return x_BSD[:, :prefix_len], x_BSD[:, prefix_len:]
 
     def _embed(self, tokens_BS, positions_BS):
         x_BSD = self.token_embedding(tokens_BS)
@@ -223,15 +230,18 @@ def _check_lengths(length, prefix_len, config):
         )
 
 
-def _kept_columns(key, prefix, config):
-    """Columns of the prefix that dropout leaves, in order, (B, K).
+def _kept_columns(key, inputs, prefix_len, config):
+    """Columns that prefix dropout leaves, in order, (B, K): some of the prefix, all latents.
 
-    Each row keeps exactly P - int(P * rate), drawn without replacement.
+    Each row keeps exactly P - int(P * rate) prefix columns, drawn without replacement.
     Source: paper, appendix E.2; `PerceiverAR.forward` of perceiver-io.
     """
-    num_kept = prefix.length - int(prefix.length * config.cross_attention_dropout)
-    order_BP = jnp.argsort(jax.random.uniform(key, prefix.tokens_BS.shape), axis=1)
-    return jnp.sort(order_BP[:, :num_kept], axis=1)
+    batch, num_latents = len(inputs.tokens_BS), inputs.length - prefix_len
+    num_kept = prefix_len - int(prefix_len * config.cross_attention_dropout)
+    order_BP = jnp.argsort(jax.random.uniform(key, (batch, prefix_len)), axis=1)
+    prefix_BK = jnp.sort(order_BP[:, :num_kept], axis=1)
+    latents_BL = jnp.broadcast_to(prefix_len + jnp.arange(num_latents), (batch, num_latents))
+    return jnp.concatenate([prefix_BK, latents_BL], axis=1)
 
 
 def _scan(decoder, layers, x_BLD, rotation_BL, key, config):

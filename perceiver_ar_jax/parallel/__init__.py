@@ -21,7 +21,7 @@ from perceiver_ar_jax.parallel.sharding import (
     on_own_keys,
     on_own_rows,
     replicated,
-    state_shardings,
+    shardings_by_path,
     to_global,
 )
 
@@ -43,7 +43,7 @@ __all__ = [
     "on_own_rows",
     "one_at_a_time",
     "replicated",
-    "state_shardings",
+    "shardings_by_path",
     "to_global",
     "use_mesh",
 ]

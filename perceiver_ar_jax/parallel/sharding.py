@@ -10,6 +10,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from perceiver_ar_jax.parallel.mesh import BATCH_AXES, CONTEXT, FSDP, TENSOR
 
+Rules = Sequence[tuple[str, tuple[str | None, ...]]]
+
 # Logical axes of arrays, and the mesh axes they are cut along.
 LOGICAL_RULES = {
     "batch": BATCH_AXES,
@@ -19,20 +21,6 @@ LOGICAL_RULES = {
     "mlp": (TENSOR,),
     "vocab": (TENSOR,),
 }
-
-# Logical axes of parameters by path; the first pattern that matches counts. Moments of the
-# optimizer end in the same paths, and so lie as their parameters do.
-PARAMETER_RULES = (
-    (r"token_embedding/embedding$", ("vocab", "embed")),
-    (r"position_embedding/embedding$", (None, "embed")),
-    (r"[qkv]_proj/kernel$", ("embed", "heads")),
-    (r"o_proj/kernel$", ("heads", "embed")),
-    (r"mlp/up/kernel$", ("embed", "mlp")),
-    (r"mlp/down/kernel$", ("mlp", "embed")),
-    (r"output_bias$", ("vocab",)),
-    (r"recent_W2$", (None, None)),
-    (r"(norm/scale|norm/bias|o_proj/bias)$", (None,)),
-)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -45,18 +33,24 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
-    """The sharding of every leaf of a train state or of parameters, by its path.
+def shardings_by_path(tree: Any, mesh: Mesh, rules: Rules) -> Any:
+    """The sharding of every leaf of a tree, by its path; scalars are replicated.
+
+    Args:
+      tree: arrays or their shapes.
+      mesh: the mesh.
+      rules: pairs of a pattern over paths (`a/b/kernel`) and the logical axes of the leaves whose
+        path it finds; the first that matches counts.
 
     Raises:
       ValueError: if no rule covers a leaf, or a dimension does not divide among its devices.
     """
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: _leaf_sharding(
-            jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, mesh
-        ),
-        abstract_state,
-    )
+
+    def sharding_of(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return _leaf_sharding(name, leaf.shape, mesh, rules)
+
+    return jax.tree_util.tree_map_with_path(sharding_of, tree)
 
 
 def to_global(batch: Any, mesh: Mesh) -> Any:
@@ -150,10 +144,10 @@ def _fitting(axes: tuple[str, ...], size: int, mesh: AbstractMesh) -> tuple[str,
     return axes if size % math.prod(mesh.shape[axis] for axis in axes) == 0 else None
 
 
-def _leaf_sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+def _leaf_sharding(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> NamedSharding:
     if not shape:
         return replicated(mesh)
-    logical = next((axes for pattern, axes in PARAMETER_RULES if re.search(pattern, path)), None)
+    logical = next((axes for pattern, axes in rules if re.search(pattern, path)), None)
     if logical is None or len(logical) != len(shape):
         raise ValueError(f"no sharding rule for {path} of shape {shape}")
     spec = _mesh_axes(logical)

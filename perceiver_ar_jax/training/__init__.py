@@ -4,7 +4,7 @@ from perceiver_ar_jax.training.optimizer import (
     learning_rate_schedule,
     make_optimizer,
 )
-from perceiver_ar_jax.training.state import Batch, TrainState
+from perceiver_ar_jax.training.state import Batch, TrainState, state_shardings
 from perceiver_ar_jax.training.step import eval_step, token_log_probs, train_step
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "learning_rate_at",
     "learning_rate_schedule",
     "make_optimizer",
+    "state_shardings",
     "token_log_probs",
     "train_step",
 ]

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+SPIKE_RULES = ((r"recent_W2$", (None, None)),)  # how its state lies on a mesh
+
 
 class SkipSpikesState(NamedTuple):
     """State of `skip_spikes`, part of the optimizer's and so of every checkpoint."""

@@ -5,6 +5,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.sharding import Mesh
+
+from perceiver_ar_jax.model import PARAMETER_RULES
+from perceiver_ar_jax.parallel import shardings_by_path
+from perceiver_ar_jax.training.spikes import SPIKE_RULES
 
 
 @struct.dataclass
@@ -64,3 +69,12 @@ class TrainState:
     def inference_params(self) -> Any:
         """The parameters to evaluate and sample with: the averaged ones, if there are any."""
         return self.params if self.ema_params is None else self.ema_params
+
+
+def state_shardings(state: Any, mesh: Mesh) -> Any:
+    """The sharding of every leaf of a train state, or of its shapes; moments as their parameters.
+
+    Raises:
+      ValueError: if no rule covers a leaf, or a dimension does not divide among its devices.
+    """
+    return shardings_by_path(state, mesh, (*PARAMETER_RULES, *SPIKE_RULES))

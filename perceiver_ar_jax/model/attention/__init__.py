@@ -6,9 +6,9 @@ implementation is a file with a function
 
     attend(q_BLNH, k_BKNH, v_BKNH, visibility, dropout) -> out_BLNH, lse_BNL
 
-of scaled and rotated queries, rotated keys and values. The softmax is taken in float32; `lse` is
-the log-sum-exp of the scores of each query. Queries that see no key at all (padding) give finite
-values, never NaN, and a log-sum-exp near MASK_VALUE, so that `merge` gives them no weight.
+of scaled and rotated queries, rotated keys, and values. The softmax is taken in float32; `lse` is
+the log-sum-exp of the scores of each query. A query that sees no key at all (padding) gives 0 and
+has no gradient; its log-sum-exp is MASK_VALUE / 2, to which `merge` gives no weight.
 """
 
 from perceiver_ar_jax.model.attention.dispatch import attend, implementation_for

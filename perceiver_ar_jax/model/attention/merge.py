@@ -1,39 +1,38 @@
-"""Joins attention to disjoint sets of keys: the softmax over all of them, exactly."""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 
-def merge(parts: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
-    """Output (B, L, N, H) and log-sum-exp (B, N, L) over the keys of all parts.
+def merge(
+    parts: Sequence[tuple[jax.Array, jax.Array]], axis: str | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Joins attention to disjoint sets of keys: exactly the softmax over all of them.
 
     Args:
-      parts: output and log-sum-exp of each part, as an implementation of attention gives them.
+      parts: output (B, L, N, H) and log-sum-exp (B, N, L) of each part, as an implementation of
+        attention gives them.
+      axis: a mesh axis, each of whose devices holds other parts; inside `shard_map`.
+
+    Returns:
+      Output, in the dtype of the parts', and log-sum-exp over the keys of all parts.
 
     Source: FlashAttention (arXiv 2205.14135), section 3.1.
     """
-    if len(parts) == 1:
+    if len(parts) == 1 and axis is None:
         return parts[0]
-    outs, lses = (jnp.stack(x) for x in zip(*parts, strict=True))
-    return merge_over(lambda x: x.max(axis=0), lambda x: x.sum(axis=0), outs, lses)
+    outs, lses = zip(*parts, strict=True)
+    # What the exponents are relative to does not change the result.
+    largest_BNL = jax.lax.stop_gradient(jnp.stack(lses).max(axis=0))
+    if axis is not None:
+        largest_BNL = jax.lax.pmax(largest_BNL, axis)
+    weights = [jnp.exp(lse_BNL - largest_BNL) for lse_BNL in lses]
+    sum_BNL = _total(weights, axis)
+    shares = [jnp.swapaxes(weight_BNL / sum_BNL, 1, 2)[..., None] for weight_BNL in weights]
+    out_BLNH = _total([share * out for share, out in zip(shares, outs, strict=True)], axis)
+    return out_BLNH.astype(outs[0].dtype), largest_BNL + jnp.log(sum_BNL)
 
 
-def merge_over(
-    maximum: Callable, total: Callable, out: jax.Array, lse: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """`merge`, whatever the parts are spread over: a leading dimension, or devices of a mesh.
-
-    Args:
-      maximum: the largest value over the parts.
-      total: the sum over the parts.
-      out: outputs, (..., L, N, H).
-      lse: log-sum-exps, (..., N, L).
-    """
-    # The result does not depend on what the exponents are relative to.
-    largest = jax.lax.stop_gradient(maximum(jax.lax.stop_gradient(lse)))
-    weights = jnp.exp(lse - largest)
-    sums = total(weights)
-    share = jnp.swapaxes(weights / sums, -1, -2)[..., None]
-    return total(share * out).astype(out.dtype), largest + jnp.log(sums)
+def _total(terms, axis):
+    total = sum(terms[1:], start=terms[0])
+    return total if axis is None else jax.lax.psum(total, axis)

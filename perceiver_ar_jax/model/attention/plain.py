@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from perceiver_ar_jax.model.attention.dropout import Dropout
-from perceiver_ar_jax.model.attention.visibility import Visibility
+from perceiver_ar_jax.model.attention.visibility import LEAST_SUM, Visibility, largest_visible
 
 
 @jax.custom_vjp
@@ -22,9 +22,9 @@ def attend(
 def _forward(q_BLNH, k_BKNH, v_BKNH, visibility, dropout):
     scores_BNLK = jnp.einsum("BLNH,BKNH->BNLK", q_BLNH, k_BKNH, preferred_element_type=jnp.float32)
     scores_BNLK = visibility.hide(scores_BNLK)
-    max_BNL1 = scores_BNLK.max(axis=-1, keepdims=True)
+    max_BNL1 = largest_visible(scores_BNLK)
     exp_BNLK = jnp.exp(scores_BNLK - max_BNL1)
-    sum_BNL1 = exp_BNLK.sum(axis=-1, keepdims=True)
+    sum_BNL1 = jnp.maximum(exp_BNLK.sum(axis=-1, keepdims=True), LEAST_SUM)
     weights_BNLK = (exp_BNLK / sum_BNL1).astype(q_BLNH.dtype)
     lse_BNL = (max_BNL1 + jnp.log(sum_BNL1))[..., 0]
     out_BLNH = jnp.einsum("BNLK,BKNH->BLNH", _dropped(weights_BNLK, dropout), v_BKNH)

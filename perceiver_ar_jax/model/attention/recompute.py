@@ -12,8 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from perceiver_ar_jax.model.attention.dropout import Dropout
-from perceiver_ar_jax.model.attention.merge import merge_over
-from perceiver_ar_jax.model.attention.visibility import Visibility
+from perceiver_ar_jax.model.attention.merge import merge
+from perceiver_ar_jax.model.attention.visibility import LEAST_SUM, Visibility, largest_visible
 from perceiver_ar_jax.parallel import on_own_keys
 
 WHOLE = PartitionSpec()  # the same on all devices of the axis
@@ -53,17 +53,13 @@ def _forward(q_BLNH, k_BKNH, v_BKNH, visibility, dropout, axis):
 
 
 def _backward(axis, saved, gradients):
-    *inputs, out_BLNH, lse_BNL = saved
-    dout_BLNH, dlse_BNL = gradients
-    # The log-sum-exp's own gradient joins the row sums of the softmax's.
-    sums_BLN = (dout_BLNH.astype(jnp.float32) * out_BLNH).sum(axis=-1)
-    sums_BNL = jnp.swapaxes(sums_BLN, 1, 2) - dlse_BNL
+    _, _, _, visibility, *_ = saved
     run = functools.partial(_backward_on_keys, axis=axis)
     if axis is not None:
         keys = PartitionSpec(None, axis)
-        in_specs = (*_specs_of_inputs(inputs[3], axis), WHOLE, WHOLE, WHOLE)
+        in_specs = (*_specs_of_inputs(visibility, axis), WHOLE, WHOLE, WHOLE, WHOLE)
         run = on_own_keys(run, axis, in_specs=in_specs, out_specs=(WHOLE, keys, keys))
-    return *run(*inputs, lse_BNL, sums_BNL, dout_BLNH), None, None
+    return *run(*saved, *gradients), None, None
 
 
 attend.defvjp(_forward, _backward)
@@ -72,32 +68,43 @@ attend.defvjp(_forward, _backward)
 def _forward_on_keys(q_BLNH, k_BKNH, v_BKNH, visibility, dropout, *, axis):
     q_BNLH, k_BNKH, v_BNKH = map(_head_major, (q_BLNH, k_BKNH, v_BKNH))
     scores_BNLK = _scores(q_BNLH, k_BNKH, visibility)
-    max_BNL1 = scores_BNLK.max(axis=-1, keepdims=True)
+    max_BNL1 = largest_visible(scores_BNLK)
     exp_BNLK = jnp.exp(scores_BNLK - max_BNL1).astype(q_BNLH.dtype)
     # A column of ones beside the values: one matmul gives numerators and denominators.
     values_and_ones = jnp.pad(v_BNKH, [(0, 0)] * 3 + [(0, 1)], constant_values=1)
     sums = _product("BNLK,BNKH->BNLH", exp_BNLK, values_and_ones)
-    out_BNLH, sum_BNL1 = sums[..., :-1], sums[..., -1:]
+    out_BNLH, sum_BNL1 = sums[..., :-1], jnp.maximum(sums[..., -1:], LEAST_SUM)
     if dropout is not None:
         dropped_BNLK = _own(dropout, axis)(exp_BNLK)
         out_BNLH = _product("BNLK,BNKH->BNLH", dropped_BNLK, v_BNKH)
     out_BLNH = _head_major(out_BNLH / sum_BNL1)
     lse_BNL = (max_BNL1 + jnp.log(sum_BNL1))[..., 0]
     if axis is not None:
-        over = functools.partial(functools.partial, axis_name=axis)
-        out_BLNH, lse_BNL = merge_over(over(jax.lax.pmax), over(jax.lax.psum), out_BLNH, lse_BNL)
+        out_BLNH, lse_BNL = merge([(out_BLNH, lse_BNL)], axis)
     return out_BLNH.astype(q_BLNH.dtype), lse_BNL
 
 
 def _backward_on_keys(
-    q_BLNH, k_BKNH, v_BKNH, visibility, dropout, lse_BNL, sums_BNL, dout_BLNH, *, axis
+    q_BLNH,
+    k_BKNH,
+    v_BKNH,
+    visibility,
+    dropout,
+    out_BLNH,
+    lse_BNL,
+    dout_BLNH,
+    dlse_BNL,
+    *,
+    axis,
 ):
     """Gradients from the log-sum-exp, without another sum over keys.
 
     Weights and their gradients become elementwise ends of matmuls. Source: FlashAttention
     (arXiv 2205.14135), appendix B.2.
     """
-    q_BNLH, k_BNKH, v_BNKH, dout_BNLH = map(_head_major, (q_BLNH, k_BKNH, v_BKNH, dout_BLNH))
+    q_BNLH, k_BNKH, v_BNKH, out_BNLH, dout_BNLH = map(
+        _head_major, (q_BLNH, k_BKNH, v_BKNH, out_BLNH, dout_BLNH)
+    )
     dtype = q_BNLH.dtype
     weights_BNLK = jnp.exp(_scores(q_BNLH, k_BNKH, visibility) - lse_BNL[..., None])
     # The barrier keeps the compiler from taking the exponentials again for each use.
@@ -107,7 +114,10 @@ def _backward_on_keys(
     if dropout is not None:
         drop = _own(dropout, axis)
         dweights_BNLK, dropped_BNLK = drop(dweights_BNLK), drop(weights_BNLK)
-    dscores_BNLK = (weights_BNLK * (dweights_BNLK - sums_BNL[..., None])).astype(dtype)
+    # The gradient of the log-sum-exp joins the row sums of the softmax's.
+    sums_BNL1 = (dout_BNLH.astype(jnp.float32) * out_BNLH).sum(axis=-1, keepdims=True)
+    sums_BNL1 -= dlse_BNL[..., None]
+    dscores_BNLK = (weights_BNLK * (dweights_BNLK - sums_BNL1)).astype(dtype)
     dq_BNLH = jnp.einsum("BNLK,BNKH->BNLH", dscores_BNLK, k_BNKH)
     dk_BNKH = jnp.einsum("BNLK,BNLH->BNKH", dscores_BNLK, q_BNLH)
     dv_BNKH = jnp.einsum("BNLK,BNLH->BNKH", dropped_BNLK, dout_BNLH)

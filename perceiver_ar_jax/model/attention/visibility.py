@@ -3,6 +3,7 @@ import jax.numpy as jnp
 from flax import struct
 
 MASK_VALUE = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite, or rows without keys become NaN
+LEAST_SUM = 1e-30  # of exponentials; a query that sees a key has at least 1
 
 
 @struct.dataclass
@@ -40,6 +41,15 @@ class Visibility:
         if mask_BLK is None:
             return scores_BNLK
         return jnp.where(mask_BLK[:, None], scores_BNLK, MASK_VALUE)
+
+
+def largest_visible(scores_BNLK: jax.Array) -> jax.Array:
+    """What the exponents of a softmax are relative to, (B, N, L, 1).
+
+    The largest score; where no key is visible, a number so far above MASK_VALUE that every
+    exponential is 0. So such a query gives 0 and has no gradient.
+    """
+    return jnp.maximum(scores_BNLK.max(axis=-1, keepdims=True), MASK_VALUE / 2)
 
 
 def _both(a, b):
