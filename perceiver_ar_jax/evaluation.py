@@ -25,7 +25,7 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float:
-        """All nats as bits, over the UTF-8 bytes of the text: comparable across tokenizers."""
+        """Total bits divided by the UTF-8 bytes of the text; comparable across tokenizers."""
         return self.loss * self.num_tokens / math.log(2) / self.num_bytes
 
 
@@ -39,8 +39,8 @@ def evaluate(
     """The weighted mean loss over a text.
 
     Args:
-      params: of the model.
-      batches: from `data.evaluation_batches`; they know prefix, tokens and bytes.
+      params: parameters of the model.
+      batches: from `data.evaluation_batches`.
       model: the model.
       to_device: places a batch, as `parallel.to_global` does on a mesh.
 

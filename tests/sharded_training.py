@@ -42,7 +42,7 @@ def batches(config=CONFIG) -> list[Batch]:
 
 
 class RandomDocument:
-    """A source of one document, in the place of a text; a `data.DocumentSource`."""
+    """A `data.DocumentSource` of one random document."""
 
     eos_id, pad_id, oddities, fingerprint = 2, 0, (), {}
 

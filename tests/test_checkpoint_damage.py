@@ -1,4 +1,4 @@
-"""Whatever happens to the files of a checkpoint, what is restored was saved."""
+"""Whatever happens to the files of a checkpoint, only saved bits are restored."""
 
 import functools
 import gc
@@ -56,7 +56,7 @@ DAMAGES = (flip_a_bit, cut_in_half, empty, Path.unlink)
 
 @functools.cache
 def saved_state(step: int) -> TrainState:
-    """No two leaves alike, and none like that of another step."""
+    """A state whose leaves all differ, from each other and from those of other steps."""
     config = small_config(num_self_attention_layers=0, output_bias=False)
     state = TrainState.create(params=random_params(config), tx=OPTIMIZER)
     rng = np.random.default_rng(step)
@@ -76,7 +76,7 @@ def saved_data(step: int) -> dict:
 
 @pytest.fixture(scope="module", autouse=True)
 def dropped_reads():
-    """Are collected here, where what they say is ignored."""
+    """Collects dropped reads here, where their warnings are ignored."""
     yield
     gc.collect()
 
@@ -97,7 +97,7 @@ def copy(saved, tmp_path):
 
 
 def restore(folder: Path):
-    """What a run and what inference restore."""
+    """Restores as a run does and as inference does."""
     like = jax.eval_shape(lambda: saved_state(STEPS[-1]))
     checkpointer = Checkpointer(folder)
     try:
@@ -107,7 +107,7 @@ def restore(folder: Path):
 
 
 def check_nothing_wrong_is_restored(folder: Path) -> bool:
-    """Whether the damaged newest step was passed over; what was restored is right in any case."""
+    """Returns whether the newest step was skipped as damaged; what was restored must be right."""
     (state, data, skipped), (params, params_step, params_skipped) = restore(folder)
     step = int(state.step)
     jax.tree.map(np.testing.assert_array_equal, state, saved_state(step))
@@ -185,7 +185,7 @@ def test_a_run_saves_on_beside_a_step_whose_metrics_are_damaged(copy):
 
 
 def files_of(folder: Path) -> dict[Path, tuple[int, int]]:
-    """Size and time of change of everything in a folder."""
+    """Sizes and modification times of everything in a folder."""
     found = ((path, path.stat()) for path in folder.rglob("*"))
     return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in found}
 

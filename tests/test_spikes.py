@@ -44,17 +44,17 @@ def test_until_the_window_is_full_nothing_is_a_spike():
 
 
 def test_without_variation_in_the_window_nothing_is_a_spike():
-    """Gradient norms are all equal; the loss varies, then is constant, then rises a little."""
+    """Losses and gradient norms are constant, then the loss rises a little."""
     _, state = after([1.3] * 4 + [1.3 + 1e-6, 1.3 + 2e-6])
     assert int(state.skipped) == 0
 
 
-def test_a_level_that_stays_is_soon_the_usual():
+def test_a_persistent_new_level_soon_counts_as_normal():
     _, state = after(LOSSES + [5.0] * 20)
     assert 0 < int(state.skipped) < 10
 
 
-def test_usual_steps_are_those_of_the_inner_optimizer():
+def test_normal_steps_are_those_of_the_inner_optimizer():
     params, state = after(LOSSES)
     tx = optax.adam(0.1)
     expected, inner = PARAMS, tx.init(PARAMS)

@@ -1,4 +1,4 @@
-"""Disks that fill up and signals at every moment: what was saved stays, and the run says so."""
+"""Full disks, failing saves and signals at any moment: saved steps stay intact."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Runs of several processes: c4_base, narrow, on documents of C4 as TFDS prepares them."""
+"""Runs of several processes: a narrow c4_base on documents of C4, prepared as TFDS does."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def config_of(flags: list[str], **changes):
 
 @pytest.fixture(scope="module")
 def straight(flags, tmp_path_factory) -> Path:
-    """An unbroken run in this process, fsdp over all its devices."""
+    """An uninterrupted run in this process, fsdp over all its devices."""
     workdir = tmp_path_factory.mktemp("straight")
     assert train(config_of(flags), workdir) == train_loop.DONE
     return workdir
@@ -98,7 +98,7 @@ def test_two_processes_of_four_devices_have_the_losses_of_one_of_eight(flags, st
 
 
 def test_a_run_goes_on_on_other_numbers_of_devices_and_processes(flags, straight, tmp_path):
-    """From 1 device to 2 processes of 2 to the 8 of this process; checksums hold the bits."""
+    """From 1 device to 2 processes of 2 devices to the 8 devices of this process."""
     for steps, processes, devices in ((2, 1, 1), (4, 2, 2)):
         until = [*flags, f"--config.steps={steps}"]
         codes, said = wait(start_processes(tmp_path, until, processes=processes, devices=devices))

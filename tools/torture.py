@@ -91,7 +91,7 @@ def torture(options: argparse.Namespace) -> int:
 
 
 class Run:
-    """Starts train.py, in one process or several, and ends it."""
+    """Starts train.py in one process or several, watches it and sends it signals."""
 
     def __init__(self, flags: list[str], options: argparse.Namespace):
         self._flags, self._count = flags, options.processes
@@ -171,7 +171,7 @@ def bytes_written(workdir: Path) -> int:
 
 
 def steps_of(workdir: Path) -> list[int]:
-    """Steps whose loss the run has written."""
+    """Steps whose loss is in metrics.jsonl."""
     return [line["step"] for line in lines_of(workdir) if "train/loss" in line]
 
 

@@ -1,4 +1,4 @@
-"""The processes of a run on several hosts: joining, agreeing and telling each other."""
+"""The processes of a run on several hosts: joining, exchanging values, comparing settings."""
 
 import collections
 import glob
@@ -24,15 +24,15 @@ JOIN_SECONDS = 300
 def join_processes(
     environment: Mapping[str, str] = os.environ, *, seconds: float = JOIN_SECONDS
 ) -> None:
-    """Calls `jax.distributed.initialize` where this process is, or may be, one of several.
+    """Calls `jax.distributed.initialize` if this process is, or may be, one of several.
 
-    That is so on a TPU host, and under SLURM or Open MPI with more than one task; JAX then finds
-    the others by itself. Elsewhere set JAX_COORDINATOR_ADDRESS (host:port of process 0),
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID in each process. Where the others do not come in time,
-    the process ends with exit code 2 and says how many are there.
+    On a TPU host, and under SLURM or Open MPI with more than one task, JAX finds the other
+    processes. Elsewhere set JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID in each process. If the others do not join in time, the process prints how many
+    have joined and ends with exit code 2.
 
     Raises:
-      ValueError: some of the three are set, but not all.
+      ValueError: some of the three variables are set, but not all.
     """
     given = [name for name in BY_HAND if environment.get(name)]
     if given and len(given) < len(BY_HAND):
@@ -52,19 +52,19 @@ def join_processes(
             address,
             int(count) if given else None,
             int(index) if given else None,
-            initialization_timeout=int(seconds) + 60,  # JAX aborts; the watch is to speak before
+            initialization_timeout=int(seconds) + 60,  # JAX aborts; the watch reports first
         )
     finally:
         joined.set()
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes files and speaks."""
+    """Whether this process is the one that writes files and prints."""
     return jax.process_index() == 0
 
 
 def gather(value: Any) -> list[Any]:
-    """A JSON value of each process, in their order; all must call it."""
+    """Gathers a JSON value from every process, in process order; all must call it."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -76,10 +76,12 @@ def gather(value: Any) -> list[Any]:
 
 
 def on_first(function: Callable[[], Any]) -> Any:
-    """What the function gives in the first process, in all of them; all must call it.
+    """Calls the function in the first process and returns its result in all; all must call it.
+
+    The result is plain JSON.
 
     Raises:
-      ValueError: what went wrong in the first process, in all of them.
+      ValueError: in all processes, with the message of the first one's ValueError or OSError.
     """
     result, problem = None, None
     if is_first():
@@ -94,11 +96,11 @@ def on_first(function: Callable[[], Any]) -> Any:
 
 
 def one_at_a_time(program: Callable[[Any], Any], inputs: Iterable[Any]) -> Iterator[Any]:
-    """The results of a compiled program for each input, on the host.
+    """Yields the result of a compiled program for each input, on the host.
 
     The next input is prepared while the program runs, but the program is dispatched again only
-    once it has finished. Collectives must start in the same order on all processes, and what is in
-    flight together has no order: over gloo, some thirty evaluation steps in flight never end.
+    after it has finished. Collectives must run in the same order on all processes, and independent
+    programs in flight have no order: over gloo, about thirty evaluation steps in flight deadlock.
     """
     running = None
     for x in inputs:
@@ -110,10 +112,10 @@ def one_at_a_time(program: Callable[[Any], Any], inputs: Iterable[Any]) -> Itera
 
 
 def check_agreement(facts: Mapping[str, Any]) -> None:
-    """Compares what processes must have in common; all must call it.
+    """Compares what all processes must have in common; all must call it.
 
     Raises:
-      ValueError: in all of them, naming the odd process, its host and the facts that differ.
+      ValueError: in all processes, naming the odd one, its host and the facts that differ.
     """
     host = os.uname().nodename
     everyone = gather({"host": host, "facts": {name: str(x) for name, x in facts.items()}})
@@ -140,8 +142,8 @@ def _on_tpu_host():
 
 
 def _watch(joined: threading.Event, seconds: float) -> None:
-    """Says how many have joined, since JAX is silent until it aborts the process."""
-    from jax._src.distributed import global_state  # nothing public knows it before all are there
+    """Prints how many processes have joined; JAX is silent until it aborts."""
+    from jax._src.distributed import global_state  # no public API knows this before all have joined
 
     start = time.monotonic()
     while not joined.wait(min(20, seconds / 2)):
@@ -154,7 +156,7 @@ def _watch(joined: threading.Event, seconds: float) -> None:
             state = f"{here} of {count} processes joined"
         else:
             state = f"not all of {count} processes have reached process 0 at {address}"
-            late = time.monotonic() - start > seconds + 5  # the first one, which counts, is first
+            late = time.monotonic() - start > seconds + 5  # let process 0, which counts, go first
         print(f"waiting: {state}", file=sys.stderr, flush=True)
         if late:
             print(

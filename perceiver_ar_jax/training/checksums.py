@@ -1,4 +1,4 @@
-"""A checksum of an array that does not depend on how the array lies on devices."""
+"""A checksum of an array that does not depend on how the array is sharded."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ from perceiver_ar_jax.parallel import one_at_a_time
 
 
 def checksums(tree: Any) -> dict[str, int]:
-    """A 32-bit checksum of each leaf, by path; of arrays spread over processes, too.
+    """A 32-bit checksum of each leaf, by path, also of arrays sharded over processes.
 
-    Taken on the devices that hold the leaf, each on its part: the sum, modulo 2^32, of a hash of
-    every element's bits and place. So only one number a leaf travels, the result is the same on
-    every mesh, and a change of any one element is always seen.
+    It is the sum, modulo 2^32, of a hash of every element's bits and index, computed on the devices
+    that hold the leaf. So only one number per leaf is transferred, the result is the same on every
+    mesh, and any change of a single element is detected.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
@@ -25,10 +25,10 @@ def checksums(tree: Any) -> dict[str, int]:
 def _checksum(x):
     unsigned = f"uint{8 * x.dtype.itemsize}"
     bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-    place = jnp.zeros_like(bits)
+    index = jnp.zeros_like(bits)
     for dim, size in enumerate(x.shape):
-        place = place * size + jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim)
-    return _mixed(bits ^ _mixed(place)).sum(dtype=jnp.uint32)
+        index = index * size + jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim)
+    return _mixed(bits ^ _mixed(index)).sum(dtype=jnp.uint32)
 
 
 def _mixed(x):

@@ -8,13 +8,13 @@ from perceiver_ar_jax.training.spikes import skip_spikes
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a warm-up and a cosine; the defaults are perceiver-io's C4 run.
+    """AdamW with linear warm-up and cosine decay; the defaults are those of perceiver-io's C4 run.
 
-    The learning rate rises from 0 at step 0 to `learning_rate` at step `warmup_steps`, then falls
-    along a cosine to `min_fraction` of it at `total_steps`, where it stays.
+    The learning rate rises linearly from 0 at step 0 to `learning_rate` at step `warmup_steps`,
+    then decays along a cosine to `min_fraction` of it at step `total_steps`, and stays constant.
 
     Raises:
-      ValueError: at construction, naming every problem at once.
+      ValueError: at construction; one message lists all problems.
     """
 
     learning_rate: float = 3e-4
@@ -25,10 +25,10 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
-    clip_norm: float = 1.0  # of all gradients together; 0: no clipping
-    skip_spikes: bool = False  # leave out steps whose loss or gradient norm stands out
-    spike_window: int = 100  # among so many steps
-    spike_threshold: float = 6.0  # by so many standard deviations
+    clip_norm: float = 1.0  # global norm of all gradients; 0: no clipping
+    skip_spikes: bool = False  # skip updates whose loss or gradient norm is an outlier
+    spike_window: int = 100  # recent steps that define what is normal
+    spike_threshold: float = 6.0  # standard deviations above their mean
 
     def __post_init__(self):
         problems = []
@@ -63,7 +63,7 @@ def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
 
 
 def learning_rate_at(config: OptimizerConfig, step: int) -> float:
-    """`learning_rate_schedule` on the host: what a log line reads must not wait for a device."""
+    """`learning_rate_schedule` on the host, so that a log line never waits for a device."""
     if step < config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
     decay_steps = max(config.total_steps - config.warmup_steps, 1)
@@ -73,7 +73,7 @@ def learning_rate_at(config: OptimizerConfig, step: int) -> float:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW; all of it only where no spike is, if so asked."""
+    """Clipping by the global norm, then AdamW; with `skip_spikes`, no update at a spike."""
     tx = optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         optax.adamw(
