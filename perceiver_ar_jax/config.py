@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+import functools
 import math
 import sys
 from collections.abc import Callable
@@ -9,21 +10,27 @@ import jax.numpy as jnp
 
 REMAT_POLICIES = ("none", "full", "names")
 ATTENTION_IMPLEMENTATIONS = ("auto", "plain", "recompute")
-LEAST_SIZES = {
-    "vocab_size": 1,
-    "max_seq_len": 1,
-    "max_latents": 1,
-    "num_channels": 1,
-    "num_heads": 1,
-    "max_heads_parallel": 1,
-    "num_self_attention_layers": 0,
-    "num_self_attention_rotary_layers": -1,
-    "self_attention_widening_factor": 1,
-    "cross_attention_widening_factor": 1,
-}
-DROPOUT_FIELDS = ("cross_attention_dropout", "post_attention_dropout", "residual_dropout")
-SWITCHES = ("output_norm", "output_bias", "abs_pos_emb", "scan_layers")
-DTYPE_FIELDS = ("dtype", "param_dtype", "gradient_dtype")
+DTYPES = ("float32", "bfloat16")
+
+# What a field says of a model. The architecture makes its function, and belongs to its weights; the
+# computation may change from one start of a run to the next; training may differ from one run to
+# the next that begins with the same weights.
+ARCHITECTURE, COMPUTATION, TRAINING = ROLES = ("architecture", "computation", "training")
+
+
+def _field(role: str, default: Any, **checks) -> Any:
+    """A field with its role and its checks.
+
+    `at_least` bounds a whole number, `at_most` a number from 0, `choices` lists what is allowed; a
+    boolean needs no check. `optional` allows None, and `ours` says that perceiver-io has no such
+    field.
+    """
+    return dataclasses.field(default=default, metadata={"role": role, **checks})
+
+
+_architecture = functools.partial(_field, ARCHITECTURE)
+_computation = functools.partial(_field, COMPUTATION)
+_training = functools.partial(_field, TRAINING)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,35 +44,47 @@ class PerceiverARConfig:
       ValueError: at construction, naming every problem at once.
     """
 
-    vocab_size: int = 262
-    max_seq_len: int = 4096
-    max_latents: int = 512
-    num_channels: int = 512
-    num_heads: int = 8
-    max_heads_parallel: int | None = None  # heads of the cross-attention computed at a time
-    num_self_attention_layers: int = 8
-    num_self_attention_rotary_layers: int = 1  # -1: all of them
-    self_attention_widening_factor: int = 4
-    cross_attention_widening_factor: int = 4
-    cross_attention_dropout: float = 0.5  # share of the prefix dropped in training
-    post_attention_dropout: float = 0.0  # on attention weights
-    residual_dropout: float = 0.0  # on each branch, before it joins the residual stream
-    output_norm: bool = False
-    output_bias: bool = True
-    abs_pos_emb: bool = True
-    init_scale: float = 0.02
+    vocab_size: int = _architecture(262, at_least=1)
+    max_seq_len: int = _architecture(4096, at_least=1)
+    max_latents: int = _architecture(512, at_least=1)
+    num_channels: int = _architecture(512, at_least=1)
+    num_heads: int = _architecture(8, at_least=1)
+    max_heads_parallel: int | None = _computation(
+        None, at_least=1, optional=True
+    )  # heads of the cross-attention computed at a time; None: all
+    num_self_attention_layers: int = _architecture(8, at_least=0)
+    num_self_attention_rotary_layers: int = _architecture(1, at_least=-1)  # -1: all of them
+    self_attention_widening_factor: int = _architecture(4, at_least=1)
+    cross_attention_widening_factor: int = _architecture(4, at_least=1)
+    cross_attention_dropout: float = _training(0.5, at_most=1.0)  # share of the prefix dropped
+    post_attention_dropout: float = _training(0.0, at_most=1.0)  # on attention weights
+    residual_dropout: float = _training(0.0, at_most=1.0)  # on each branch, before it is added
+    output_norm: bool = _architecture(False)
+    output_bias: bool = _architecture(True)
+    abs_pos_emb: bool = _architecture(True)
+    init_scale: float = _training(0.02, at_most=sys.float_info.max)
 
-    dtype: str = "float32"  # of the computation; softmax, norms, residuals and loss stay float32
-    param_dtype: str = "float32"
-    gradient_dtype: str = "float32"  # of weight gradients as they are summed over tokens, devices
-    remat: str = "none"  # what the backward pass computes again: nothing, all, all but named parts
-    scan_layers: bool = False  # one compiled body for all self-attention layers (TPU: yes, CPU: no)
-    attention: str = "auto"  # the implementation; "auto" chooses, see model/attention/dispatch.py
-    rotary_inv_freq: tuple[float, ...] | None = None  # None: the formula; else as a checkpoint has
+    # Softmax, norms, residuals and loss stay float32 whatever the computation is in.
+    dtype: str = _computation("float32", choices=DTYPES, ours=True)  # of the computation
+    param_dtype: str = _training("float32", choices=DTYPES, ours=True)
+    gradient_dtype: str = _computation(
+        "float32", choices=DTYPES, ours=True
+    )  # of weight gradients as they are summed over tokens and devices
+    remat: str = _computation(
+        "none", choices=REMAT_POLICIES, ours=True
+    )  # what the backward pass recomputes: nothing, everything, everything but named parts
+    scan_layers: bool = _computation(False, ours=True)  # one compiled body for all layers (TPU)
+    attention: str = _computation(
+        "auto", choices=ATTENTION_IMPLEMENTATIONS, ours=True
+    )  # the implementation; "auto" chooses, see model/attention/dispatch.py
+    rotary_inv_freq: tuple[float, ...] | None = _architecture(
+        None, optional=True, ours=True
+    )  # None: the formula; otherwise as a checkpoint has them
 
     def __post_init__(self):
-        for name in DTYPE_FIELDS:
-            self._make_plain(name, lambda dtype: jnp.dtype(dtype).name)
+        for field in dataclasses.fields(self):
+            if field.metadata.get("choices") is DTYPES:
+                self._make_plain(field.name, lambda dtype: jnp.dtype(dtype).name)
         if self.rotary_inv_freq is not None:
             self._make_plain("rotary_inv_freq", lambda values: tuple(map(float, values)))
         problems = list(self._problems())
@@ -146,27 +165,11 @@ class PerceiverARConfig:
 
     def _problems(self):
         wrong_size = False
-        for name, low in LEAST_SIZES.items():
-            value = getattr(self, name)
-            if value is None and name == "max_heads_parallel":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                wrong_size = True
-                yield f"{name} must be a whole number of at least {low}, not {value!r}"
-        for name in DROPOUT_FIELDS:
-            if not _is_number(getattr(self, name), high=1.0):
-                yield f"{name} must be a number between 0 and 1, not {getattr(self, name)!r}"
-        if not _is_number(self.init_scale, high=sys.float_info.max):
-            yield f"init_scale must be a finite number of at least 0, not {self.init_scale!r}"
-        for name in SWITCHES:
-            if not isinstance(getattr(self, name), bool):
-                yield f"{name} must be True or False, not {getattr(self, name)!r}"
-        for name in DTYPE_FIELDS:
-            if getattr(self, name) not in ("float32", "bfloat16"):
-                yield f"{name} must be float32 or bfloat16, not {getattr(self, name)!r}"
-        for name, choices in (("remat", REMAT_POLICIES), ("attention", ATTENTION_IMPLEMENTATIONS)):
-            if getattr(self, name) not in choices:
-                yield f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}"
+        for field in dataclasses.fields(self):
+            problem = _problem_of(field, getattr(self, field.name))
+            if problem:
+                wrong_size |= "at_least" in field.metadata
+                yield problem
         if self.rotary_inv_freq is not None and not _are_finite(self.rotary_inv_freq):
             yield f"rotary_inv_freq must be finite numbers, not {self.rotary_inv_freq!r:.80}"
         if wrong_size:
@@ -174,7 +177,8 @@ class PerceiverARConfig:
         if self.max_latents > self.max_seq_len:
             yield f"max_latents {self.max_latents} exceeds max_seq_len {self.max_seq_len}"
         if self.num_channels % self.num_heads:
-            yield f"num_channels {self.num_channels} is no multiple of num_heads {self.num_heads}"
+            channels, heads = self.num_channels, self.num_heads
+            yield f"num_channels {channels} is not a multiple of num_heads {heads}"
         elif self.num_rotated_channels > self.head_dim:
             yield f"rotary positions need an even head width, not {self.head_dim}"
         elif isinstance(self.rotary_inv_freq, tuple):
@@ -184,6 +188,44 @@ class PerceiverARConfig:
                     f"rotary_inv_freq has {len(self.rotary_inv_freq)} entries where the head "
                     f"width asks for {frequencies}"
                 )
+
+
+def fields_with_role(*roles: str) -> tuple[str, ...]:
+    """The names of the fields that have one of these roles, in order."""
+    fields = dataclasses.fields(PerceiverARConfig)
+    return tuple(field.name for field in fields if field.metadata["role"] in roles)
+
+
+def reference_fields() -> tuple[str, ...]:
+    """The names of the fields that perceiver-io has too, in its order."""
+    fields = dataclasses.fields(PerceiverARConfig)
+    return tuple(field.name for field in fields if not field.metadata.get("ours"))
+
+
+def _problem_of(field: dataclasses.Field, value: Any) -> str | None:
+    """What is wrong with the value of one field alone."""
+    name, checks = field.name, field.metadata
+    if value is None and checks.get("optional"):
+        return None
+    if "at_least" in checks:
+        low = checks["at_least"]
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            return f"{name} must be a whole number of at least {low}, not {value!r}"
+    elif "at_most" in checks:
+        high = checks["at_most"]
+        if not _is_number(value, high=high):
+            most = "between 0 and 1" if high == 1.0 else "of at least 0"
+            kind = "number" if high == 1.0 else "finite number"
+            return f"{name} must be a {kind} {most}, not {value!r}"
+    elif "choices" in checks:
+        choices = checks["choices"]
+        if value not in choices:
+            one_of = "" if choices is DTYPES else "one of "
+            listed = (" or " if choices is DTYPES else ", ").join(choices)
+            return f"{name} must be {one_of}{listed}, not {value!r}"
+    elif isinstance(field.default, bool) and not isinstance(value, bool):
+        return f"{name} must be True or False, not {value!r}"
+    return None
 
 
 def _is_number(value: Any, *, high: float) -> bool:

@@ -12,7 +12,7 @@ import jax
 from etils import epath
 
 from perceiver_ar_jax._version import __version__
-from perceiver_ar_jax.config import PerceiverARConfig
+from perceiver_ar_jax.config import COMPUTATION, TRAINING, PerceiverARConfig, fields_with_role
 from perceiver_ar_jax.data.loader import differing_entries
 from perceiver_ar_jax.pretrained import (
     CONFIG_FILE,
@@ -20,25 +20,6 @@ from perceiver_ar_jax.pretrained import (
     write_description,
 )
 from perceiver_ar_jax.training.metrics import is_remote
-
-# What may change from one start of a run to the next: how to compute, not what.
-HOW_TO_COMPUTE = (
-    "dtype",
-    "gradient_dtype",
-    "remat",
-    "scan_layers",
-    "attention",
-    "max_heads_parallel",
-)
-# And what may differ from the run that weights come from: how to train.
-HOW_TO_TRAIN = (
-    "cross_attention_dropout",
-    "post_attention_dropout",
-    "residual_dropout",
-    "init_scale",
-    "param_dtype",
-    "rotary_inv_freq",  # taken over
-)
 
 
 @contextlib.contextmanager
@@ -75,7 +56,7 @@ def check_same_run(
     theirs = stored["model"]
     frequencies = theirs.get("rotary_inv_freq")
     taken_over = ("rotary_inv_freq",) if model.rotary_inv_freq is None else ()
-    fields = _without(model, HOW_TO_COMPUTE + taken_over)
+    fields = _without(model, fields_with_role(COMPUTATION) + taken_over)
     different = differing_entries({name: theirs.get(name) for name in fields}, fields)
     if stored["tokenizer_sha256"] != tokenizer.sha256:
         different.append("the tokenizer's sha256")
@@ -86,7 +67,7 @@ def check_same_run(
 
 def check_same_model(source: str, theirs: PerceiverARConfig, ours: PerceiverARConfig) -> None:
     """Raises ValueError if a run of config `ours` cannot begin with the weights of `source`."""
-    free = HOW_TO_COMPUTE + HOW_TO_TRAIN
+    free = (*fields_with_role(COMPUTATION, TRAINING), "rotary_inv_freq")  # which are taken over
     if not ours.abs_pos_emb:  # without a table of positions, the window is free
         free += ("max_seq_len", "max_latents")
     different = differing_entries(_without(theirs, free), _without(ours, free))

@@ -7,6 +7,7 @@ from small_models import small_config
 
 from configs import c4_base
 from perceiver_ar_jax import PerceiverARConfig
+from perceiver_ar_jax.config import COMPUTATION, ROLES, fields_with_role, reference_fields
 from perceiver_ar_jax.run_config import RunConfig
 
 
@@ -67,7 +68,7 @@ def test_all_problems_come_in_one_message():
     "changes, message",
     [
         ({"max_latents": 15}, "max_latents 15 exceeds max_seq_len 14"),
-        ({"num_heads": 3}, "num_channels 16 is no multiple of num_heads 3"),
+        ({"num_heads": 3}, "num_channels 16 is not a multiple of num_heads 3"),
         ({"num_channels": 6, "abs_pos_emb": False}, "an even head width, not 3"),
         ({"num_self_attention_rotary_layers": -2}, "at least -1, not -2"),
         ({"num_self_attention_layers": -1}, "at least 0, not -1"),
@@ -139,3 +140,17 @@ def test_c4_base_is_the_preset():
     preset = PerceiverARConfig.clm_base(dtype="bfloat16", remat="names", scan_layers=True)
     assert config.model == preset
     assert config.batch_size * config.steps * preset.max_latents == 52_428_800_000
+
+
+def test_every_field_has_a_role_and_a_check():
+    for field in dataclasses.fields(PerceiverARConfig):
+        assert field.metadata["role"] in ROLES
+        checks = field.metadata.keys() & {"at_least", "at_most", "choices", "optional"}
+        assert checks or isinstance(field.default, bool), field.name
+
+
+def test_fields_of_a_role_and_of_perceiver_io_come_in_the_order_of_the_config():
+    assert fields_with_role(COMPUTATION)[:2] == ("max_heads_parallel", "dtype")
+    assert set().union(*map(fields_with_role, ROLES)) == PerceiverARConfig().to_dict().keys()
+    assert reference_fields()[0] == "vocab_size"
+    assert reference_fields()[-1] == "init_scale"

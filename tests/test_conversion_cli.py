@@ -239,7 +239,7 @@ def bad_source(folder, name):
             return [folder], "it is cut off"
         case "wrong config":
             write_config(folder, MODEL, num_heads=3)
-            return [folder], "no multiple of num_heads 3"
+            return [folder], "not a multiple of num_heads 3"
         case "not ours":
             return [folder, "--to_torch"], "is not a checkpoint of ours"
         case "tokenizer":

@@ -116,7 +116,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_never_saved(text, tmp_pat
     config.optimizer.clip_norm = 0.0
     assert train(config, tmp_path) == train_loop.NON_FINITE
     assert "at step" in capsys.readouterr().err
-    assert not list((tmp_path / "checkpoints").iterdir())
+    assert not (tmp_path / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_never_saved(text, tmp_pat
     [
         ({"steps": 0}, "steps must be at least 1"),
         ({"data": {"source": ""}}, "data.source must be given"),
-        ({"model": {"num_heads": 5}}, "no multiple of num_heads"),
+        ({"model": {"num_heads": 5}}, "not a multiple of num_heads"),
         ({"optimizer": {"learning_rate": -1.0}}, "learning_rate must be positive"),
     ],
 )

@@ -4,28 +4,9 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from perceiver_ar_jax.config import PerceiverARConfig
+from perceiver_ar_jax.config import PerceiverARConfig, reference_fields
 
-# perceiver-io's names; the other fields of PerceiverARConfig are ours alone.
-SHARED = (
-    "vocab_size",
-    "max_seq_len",
-    "max_latents",
-    "num_channels",
-    "num_heads",
-    "max_heads_parallel",
-    "num_self_attention_layers",
-    "num_self_attention_rotary_layers",
-    "self_attention_widening_factor",
-    "cross_attention_widening_factor",
-    "cross_attention_dropout",
-    "post_attention_dropout",
-    "residual_dropout",
-    "output_norm",
-    "output_bias",
-    "abs_pos_emb",
-    "init_scale",
-)
+SHARED = reference_fields()
 # What perceiver-io added after its first checkpoints were published; their defaults are those of
 # PerceiverARConfig, so no warning is needed for such files.
 ADDED_LATER = {
