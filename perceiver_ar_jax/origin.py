@@ -1,6 +1,6 @@
-"""Where the first state of a run comes from: its own checkpoints, other weights, or chance."""
+"""Where the first state of a run comes from: a checkpoint, given weights, or a random seed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,15 +9,16 @@ from etils import epath
 
 from perceiver_ar_jax.lowering import abstract_state, fresh_state
 from perceiver_ar_jax.parallel import on_first
-from perceiver_ar_jax.pretrained import CHECKPOINTS_FOLDER, load_pretrained
+from perceiver_ar_jax.pretrained import load_pretrained
 from perceiver_ar_jax.run_config import RunConfig
+from perceiver_ar_jax.tokenizers import Tokenizer
 from perceiver_ar_jax.training import TrainState
 from perceiver_ar_jax.training.checkpoint import Checkpointer
 from perceiver_ar_jax.workdir import check_same_model, check_same_run
 
 
 class Origin(NamedTuple):
-    """What a run begins with: the newest step of a workdir, or `params`, or neither."""
+    """What a run starts from: the newest step of a workdir, `params`, or neither."""
 
     workdir: epath.Path | None = None
     params: Any = None
@@ -25,14 +26,18 @@ class Origin(NamedTuple):
 
     @property
     def is_trained(self) -> bool:
-        """Whether the first weights are not newly drawn ones."""
+        """Whether the first weights were trained, rather than drawn at random."""
         return self.workdir is not None or self.params is not None
 
 
 def find_origin(
-    run: RunConfig, workdir: epath.Path, tokenizer: Any, say: Callable[[str], None]
+    run: RunConfig,
+    workdir: epath.Path,
+    own_steps: Sequence[int],
+    tokenizer: Tokenizer,
+    say: Callable[[str], None],
 ) -> Origin:
-    """Looks at the run's own workdir, then at `resume_from` and `init_from`; reads only.
+    """The workdir if it has steps, otherwise `resume_from` or `init_from`; reads only.
 
     All processes must call it. `say` prints a line.
 
@@ -40,7 +45,7 @@ def find_origin(
       ValueError: what is there belongs to another model or tokenizer; says how they differ.
     """
     other = epath.Path(run.resume_from) if run.resume_from else None
-    if _steps(workdir):
+    if own_steps:
         other = workdir
     if other is not None:
         frequencies = on_first(lambda: check_same_run(other, run.model, tokenizer))
@@ -53,7 +58,7 @@ def find_origin(
 def first_state(
     run: RunConfig, mesh: jax.sharding.Mesh, origin: Origin, checkpointer: Checkpointer
 ) -> tuple[TrainState, dict[str, Any] | None]:
-    """The state, born sharded, and what the checkpoint says of the run, if it is from one.
+    """The state, born sharded, and what the checkpoint says of the run, if there is one.
 
     Raises:
       CheckpointError: the workdir has checkpoints, but none is intact.
@@ -69,17 +74,6 @@ def first_state(
     params = jax.tree.map(_spread, origin.params, shardings.params)
     create = jax.jit(lambda params: fresh_state(run, params), out_shardings=shardings)
     return create(params), None
-
-
-def _steps(workdir):
-    """The committed steps of a workdir, which need not exist."""
-    folder = workdir / CHECKPOINTS_FOLDER
-    if not folder.exists():
-        return []
-    checkpointer = Checkpointer(folder)
-    steps = checkpointer.steps()
-    checkpointer.close()
-    return steps
 
 
 def _given_weights(run, tokenizer, say):

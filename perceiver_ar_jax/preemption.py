@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a run saves the step it is at and leaves."""
+"""SIGTERM and Ctrl-C: a run saves its current step and exits."""
 
 import os
 import signal
@@ -12,12 +12,12 @@ EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 class Preemption:
     """Notes SIGTERM or Ctrl-C; a second one ends the process at once.
 
-    Of several processes one may be told alone, and all must leave after the same step: there,
-    JAX itself listens to SIGTERM, and its coordinator says which step is the last.
+    Of several processes only one may get the signal, and all must stop after the same step: JAX
+    itself listens to SIGTERM there, and its coordinator decides which step is the last.
     """
 
     def __init__(self):
-        self.exit_code = None  # set once the run is to leave
+        self.exit_code = None  # set once the run is to stop
         self._alone = jax.process_count() == 1
         self._noted = None
         signals = EXIT_CODES if self._alone else [signal.SIGINT]
@@ -25,11 +25,11 @@ class Preemption:
 
     @property
     def is_noted(self) -> bool:
-        """Whether a process that is alone has been told to leave."""
+        """Whether a single process has been told to stop."""
         return self._alone and self._noted is not None
 
     def reached(self, step: int) -> bool:
-        """Whether the run is to leave before this step; all processes ask at every step."""
+        """Whether to stop before this step; every process asks at every step."""
         if self._alone:
             leave = self.is_noted
         else:
@@ -40,7 +40,7 @@ class Preemption:
         return leave
 
     def close(self) -> None:
-        """Gives the signals back."""
+        """Restores the signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -40,7 +40,7 @@ class DataSettings:
     min_seq_len: int | None = None  # of the shortest training window; None: model.max_latents
     num_workers: int = 1  # processes that read and tokenize
     respect_documents: bool = False  # attention stays inside a document
-    allow_change: bool = False  # go on although data or tokenizer are not the checkpoint's
+    allow_change: bool = False  # continue although data or tokenizer are not the checkpoint's
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The settings of a run as a list, each with its value and the comment beside its definition."""
+"""The settings of a run as a list, each with its value and the comment on its definition."""
 
 import ast
 import dataclasses

@@ -80,7 +80,8 @@ def run(run: RunConfig, workdir: str | Path, *, dry_run: bool = False) -> int:
         if not dry_run:
             on_first(lambda: stack.enter_context(claimed(workdir)))
         stack.enter_context(use_mesh(mesh))
-        origin = find_origin(run, workdir, tokenizer, _say)
+        checkpointer = _checkpointer(run, workdir)
+        origin = find_origin(run, workdir, checkpointer.steps(), tokenizer, _say)
         run = _with_frequencies(run, origin)
         sampler = Sampler(run.sample, run.model, tokenizer)
         loader = _open_data(run, tokenizer, mesh)
@@ -89,14 +90,13 @@ def run(run: RunConfig, workdir: str | Path, *, dry_run: bool = False) -> int:
         if dry_run:
             _say(json.dumps(run.to_dict(), indent=2))
             return DONE
-        checkpointer = _checkpointer(run, workdir)
         state, productive = _begin(run, mesh, origin, checkpointer, workdir, loader)
         if origin.workdir == workdir and int(state.step) >= run.steps:
             _say(f"already at step {state.step} of {run.steps}; raise config.steps to go on")
             return DONE
         eval_batches = _open_eval_data(run, tokenizer, mesh)
         check_agreement(
-            {"step to go on from": int(state.step), "data": _sha256(loader.fingerprint)}
+            {"step to continue from": int(state.step), "data": _sha256(loader.fingerprint)}
         )
         on_first(lambda: _write_start(run, workdir, tokenizer))
         loop = _Loop(
@@ -116,7 +116,7 @@ def run(run: RunConfig, workdir: str | Path, *, dry_run: bool = False) -> int:
 
 @dataclasses.dataclass
 class _Loop:
-    """What changes while a run goes on, and what happens to it at each step."""
+    """The state of a run while it trains, and what happens at each step."""
 
     run: RunConfig
     mesh: jax.sharding.Mesh
@@ -133,7 +133,7 @@ class _Loop:
         self.model = PerceiverAR(self.run.model)
         self.step = int(self.state.step)
         self.to_device = functools.partial(to_global, mesh=self.mesh)
-        self.in_flight = None  # what `report` reads once the next step is under way
+        self.in_flight = None  # what `report` reads once the next step is running
 
     def train(self, *, sample_first: bool) -> int:
         """Steps, and what happens between them; returns the exit code."""
@@ -187,7 +187,7 @@ class _Loop:
             jax.profiler.start_trace(str(self.profile_dir))
         arrays = self.report.timed_wait(lambda: next(self.loader))
         batch = self.to_device(Batch(**arrays))
-        with jax.transfer_guard("disallow"):  # nothing keeps a step waiting unseen
+        with jax.transfer_guard("disallow"):  # no hidden transfer delays a step
             self.state, metrics = self.compiled_step(self.state, batch)
             self._read_metrics()
         self.step += 1
@@ -271,7 +271,7 @@ def _begin(
     workdir: epath.Path,
     loader: data.Loader,
 ) -> tuple[TrainState, float]:
-    """The first state, the data placed where it stands; and the productive seconds until then."""
+    """The first state, with the loader at its place in the data, and the productive seconds."""
     is_own = origin.workdir == workdir
     if origin.workdir is not None and not is_own:
         checkpointer = Checkpointer(origin.workdir / CHECKPOINTS_FOLDER)
@@ -331,7 +331,7 @@ def _report(
 
 
 def _distinct(states):
-    """Processes that feed the same rows have the same state."""
+    """One state for each group of rows; processes that feed the same rows have the same."""
     return list({state["first_row"]: state for state in states}.values())
 
 

@@ -16,14 +16,14 @@ RECENT_WINDOWS = 10  # that the ETA is computed from
 class MetricsWriter:
     """Appends to `metrics.jsonl`, the source of truth, and to `tensorboard/`.
 
-    In a bucket (gs://), where nothing can be appended, the first is written anew with each line,
-    and there is no second.
+    A bucket (gs://) cannot append: there the first is rewritten with each line, and there is no
+    second.
     """
 
     def __init__(self, workdir: epath.Path):
         self._path = workdir / "metrics.jsonl"
         text = self._path.read_bytes() if self._path.exists() else b""
-        self._text = text[: text.rfind(b"\n") + 1]  # a run that was killed may have cut a line
+        self._text = text[: text.rfind(b"\n") + 1]  # a killed run may have left half a line
         self._path.write_bytes(self._text)
         self._file = self._tensorboard = Silent()
         if not is_remote(workdir):
@@ -55,7 +55,7 @@ class MetricsWriter:
 
 
 def is_remote(path: epath.Path) -> bool:
-    """Whether a path is one of a bucket."""
+    """Whether a path is in a bucket."""
     return "://" in str(path)
 
 
@@ -81,11 +81,11 @@ class Progress:
         self._bar.start()
 
     def took(self, steps: int, seconds: float) -> None:
-        """Takes in how long a window of steps took."""
+        """Notes how long a window of steps took."""
         self._recent.append((steps, seconds))
 
     def update(self, step: int, text: str) -> None:
-        """Shows where the run is; in a pipe, a line."""
+        """Shows where the run is; in a pipe, on a line of its own."""
         eta = self._eta(step)
         self._bar.update(self._task, completed=step, text=text, eta=eta)
         if not self._console.is_terminal:
@@ -96,7 +96,7 @@ class Progress:
         self._console.print(text, markup=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Leaves the last state of the line standing."""
+        """Stops the live line at its last state."""
         self._bar.stop()
 
     def _eta(self, step):
@@ -109,7 +109,7 @@ class Progress:
 
 
 class Silent:
-    """Takes every call and does nothing: where there is nobody to tell."""
+    """Accepts every call and does nothing: for processes that do not report."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args: None

@@ -1,4 +1,4 @@
-"""What a run says while it goes: losses and speeds per window of steps, evaluations, samples."""
+"""What a run reports: losses and speeds per window of steps, evaluations, samples."""
 
 import math
 from collections.abc import Callable
@@ -20,7 +20,7 @@ class NonFiniteError(Exception):
 class Report:
     """Collects the metrics of steps and writes them every `log_every` steps.
 
-    Metrics are read when the step after theirs is under way, so that reading never keeps the
+    Metrics are read when the next step is already running, so that reading never keeps the
     device waiting; for the same reason nothing here computes on a device. The time from one
     reading to the next belongs to the step that was read, except for evaluations and saves.
 
@@ -31,7 +31,7 @@ class Report:
       total_steps: the step at which it ends.
       log_every: steps of a window.
       optimizer: whose learning rate is written.
-      goodput: takes in the time of each step.
+      goodput: adds up the time of steps.
       flops_per_step: of each device, by formula.
       peak_flops: of each device per second; None where it is not known.
       is_silent: whether nothing is written or printed, as in all processes but the first.
@@ -73,7 +73,7 @@ class Report:
         return result
 
     def read(self, step: int, metrics: dict[str, Any], read_tokens: int) -> None:
-        """Takes in the metrics of a finished step.
+        """Reads the metrics of a finished step.
 
         Raises:
           NonFiniteError: if the loss or the gradient norm is not finite.
