@@ -20,7 +20,7 @@ from perceiver_ar_jax.command_line import run_script, start_script
 
 def main() -> int:
     """Prints continuations on standard output, speeds on standard error; returns the exit code."""
-    return _run(_parser().parse_args())
+    return _continue_prompts(_parser().parse_args())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _continue_prompts(arguments: argparse.Namespace) -> int:
     if arguments.prompt and arguments.prompt_file:
         raise ValueError("pass --prompt or --prompt_file, not both")
     import jax
