@@ -1,4 +1,4 @@
-"""What users get for input that cannot be used: one exact line each, and nothing else."""
+"""Input that cannot be used is reported in one exact line, and nothing else."""
 
 import re
 import shutil

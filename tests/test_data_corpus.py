@@ -43,7 +43,7 @@ def test_wrapped_lines_are_joined_and_list_items_are_not():
 @pytest.mark.parametrize(
     "paragraph", [">>> " + PROSE, "x = foo(bar, baz)[0] # " * 5, "one two three", "| a | 12 | " * 9]
 )
-def test_code_and_tables_are_no_prose(paragraph):
+def test_code_and_tables_are_not_prose(paragraph):
     assert corpus.is_prose(PROSE)
     assert not corpus.is_prose(paragraph)
 

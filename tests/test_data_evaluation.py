@@ -16,7 +16,7 @@ def write_jsonl(path, texts):
 
 
 def counted(batches, num_latents: int):
-    """(target, the tokens before it in its window) wherever a target counts, in order."""
+    """(target, the tokens before it in its window) of each target that counts, in order."""
     found = []
     for batch in batches:
         for tokens, targets, pads, weights in zip(
@@ -31,7 +31,7 @@ def counted(batches, num_latents: int):
 
 @pytest.mark.parametrize("num_latents", [1, 3, 5, 8])
 @pytest.mark.parametrize("lengths", [(30, 0, 7, 12), (4,), (8,), (15, 0)])
-def test_every_token_counts_once_with_as_much_context_as_there_is(tmp_path, num_latents, lengths):
+def test_every_token_counts_once_with_all_available_context(tmp_path, num_latents, lengths):
     texts = [chr(ord("a") + i) * length for i, length in enumerate(lengths)]
     config = DataConfig(
         write_jsonl(tmp_path / "x.jsonl", texts), min_seq_len=8, max_seq_len=8, batch_size=3

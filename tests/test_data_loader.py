@@ -48,7 +48,7 @@ def assert_same(batches, others):
 
 
 def streams_of(batches, rows: int) -> list[list[int]]:
-    """The tokens of each row, one window after the other, pads left out."""
+    """The tokens of each row, window after window, without pads."""
     streams = [[] for _ in range(rows)]
     for batch in batches:
         for row in range(rows):
@@ -98,7 +98,7 @@ def test_window_lengths_are_uniform_and_depend_on_seed_and_step_only():
 
 
 @pytest.mark.parametrize("process_count", [1, 2, 4])
-def test_processes_together_read_every_document_once_an_epoch(corpus, process_count):
+def test_processes_together_read_every_document_once_per_epoch(corpus, process_count):
     texts = []
     for process in range(process_count):
         loader = make_loader(
@@ -111,7 +111,7 @@ def test_processes_together_read_every_document_once_an_epoch(corpus, process_co
     assert sorted(texts) == sorted(TEXTS)
 
 
-def test_each_epoch_has_another_order_and_all_documents(corpus):
+def test_each_epoch_has_its_own_order_and_all_documents(corpus):
     batches = take(make_loader(config(corpus, batch_size=1), BYTES), 400)
     (stream,) = streams_of(batches, 1)
     texts = BYTES.decode([ord("\n") + 6 if t == BYTES.eos_id else t for t in stream]).split("\n")
@@ -128,13 +128,13 @@ def test_another_seed_gives_other_batches_and_the_same_seed_the_same(corpus):
     assert any((a["tokens"] != b["tokens"]).any() for a, b in zip(first, other, strict=True))
 
 
-def test_without_shuffling_documents_come_in_their_order(corpus):
+def test_without_shuffling_documents_keep_their_order(corpus):
     loader = make_loader(config(corpus, shuffle=False, repeat=False, batch_size=1), BYTES)
     assert texts_of(streams_of(loader, 1)) == TEXTS
 
 
 @pytest.mark.parametrize("repeat", [True, False])
-def test_a_loader_goes_on_from_any_cut(corpus, repeat):
+def test_a_loader_resumes_from_any_batch(corpus, repeat):
     loader = make_loader(config(corpus, repeat=repeat), BYTES)
     states, batches = [loader.get_state()], []
     for batch in itertools.islice(loader, 25):
@@ -182,7 +182,7 @@ def test_grain_restores_the_window_dataset_at_every_state(corpus):
 
 
 @pytest.mark.parametrize("process_counts", [(1, 2), (2, 4), (4, 1), (2, 2)])
-def test_a_run_goes_on_with_another_number_of_processes(corpus, process_counts):
+def test_a_run_resumes_on_another_number_of_processes(corpus, process_counts):
     before, after = process_counts
 
     def loaders(count):
@@ -246,7 +246,7 @@ def test_other_data_may_be_allowed(corpus):
     assert (next(loader)["pad_mask"].sum(1) <= 4).all()
 
 
-def test_documents_that_became_shorter_are_left_where_they_end_now(tmp_path):
+def test_documents_that_became_shorter_end_where_they_end_now(tmp_path):
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps({"text": "x" * 100}) + "\n" for _ in range(8)))
     settings = config(path, batch_size=2, shuffle=False, repeat=False)
@@ -294,7 +294,7 @@ def test_segment_ids_count_the_documents_of_a_window(corpus):
     np.testing.assert_array_equal(plain["tokens"], with_ids["tokens"])
 
 
-def test_oddities_are_read_over_and_counted(tmp_path):
+def test_oddities_are_skipped_and_counted(tmp_path):
     path = tmp_path / "odd.jsonl"
     path.write_bytes(
         b'{"text": "good"}\n{"text": ""}\nno json\n{"other": 1}\n\n{"text": "caf\xe9"}\n'
@@ -318,7 +318,7 @@ def test_lines_without_any_text_are_an_error_not_an_endless_search(tmp_path):
 
 
 def test_a_batch_is_delivered_before_the_next_one_is_read(tmp_path):
-    """So a damaged record stops a run where it is read, not a batch before."""
+    """A damaged record stops a run at the batch that needs it, not one before."""
     path = tmp_path / "x.jsonl"
     path.write_text("".join(json.dumps({"text": "x" * 24}) + "\n" for _ in range(8)))
     settings = config(path, min_seq_len=24, batch_size=4, shuffle=False, repeat=False)

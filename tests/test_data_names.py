@@ -1,4 +1,4 @@
-"""Datasets under the names that TFDS gives them."""
+"""Datasets by the names that TFDS gives them."""
 
 import shutil
 
@@ -34,14 +34,14 @@ def test_a_name_finds_what_tfds_prepared(name, count):
     assert len(open_source(name, "train")) == count
 
 
-def test_the_folder_is_that_of_tfds_where_none_is_named(data_dir, monkeypatch, tmp_path):
+def test_the_default_folder_is_that_of_tfds(data_dir, monkeypatch, tmp_path):
     monkeypatch.delenv("TFDS_DATA_DIR")
     monkeypatch.setenv("HOME", str(tmp_path))
     shutil.copytree(data_dir, tmp_path / "tensorflow_datasets")
     assert len(open_source("c4/en:2.9.0", "train")) == 3
 
 
-def test_a_run_may_go_on_from_the_same_data_in_another_place(data_dir):
+def test_a_run_may_resume_with_the_same_data_elsewhere(data_dir):
     lengths = {"min_seq_len": 4, "max_seq_len": 8}
     by_name = make_loader(DataConfig("c4/en:2.9.0", **lengths), ByteTokenizer())
     by_path = make_loader(DataConfig(str(data_dir / "c4/en/2.9.0"), **lengths), ByteTokenizer())
@@ -54,7 +54,7 @@ def test_a_file_or_folder_of_that_name_comes_first(tmp_path, monkeypatch):
     assert open_source("c4", "train")[0].text == "a text"
 
 
-def test_a_missing_dataset_is_answered_with_where_and_how(data_dir, monkeypatch, tmp_path):
+def test_a_missing_dataset_is_reported_with_folder_and_command(data_dir, monkeypatch, tmp_path):
     with pytest.raises(ValueError) as caught:
         open_source("c4/en:3.0.1", "train")
     assert str(caught.value) == (
@@ -68,7 +68,7 @@ def test_a_missing_dataset_is_answered_with_where_and_how(data_dir, monkeypatch,
         open_source("pg19", "train")
 
 
-def test_a_name_that_may_mean_several_configs_is_refused(data_dir, monkeypatch, tmp_path):
+def test_an_ambiguous_name_is_refused(data_dir, monkeypatch, tmp_path):
     for config in ("en", "webtextlike"):
         shutil.copytree(data_dir / "c4/en/2.9.0", tmp_path / "c4" / config / "2.9.0")
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))

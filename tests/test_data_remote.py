@@ -144,14 +144,14 @@ def test_a_tokenizer_is_read_from_a_bucket_and_saved_to_one(bucket, local):
         )
 
 
-def test_what_is_not_there_is_named_by_its_address(bucket):
+def test_missing_data_is_named_by_its_address(bucket):
     with pytest.raises(ValueError, match="no data at gs://bucket/nowhere: "):
         open_source("gs://bucket/nowhere", "train")
     with pytest.raises(ValueError, match=r"no tokenizer at gs://bucket/x\.model: "):
         load_tokenizer("gs://bucket/x.model")
 
 
-def test_what_a_run_writes_beside_its_checkpoints_may_lie_in_a_bucket(bucket):
+def test_what_a_run_writes_besides_checkpoints_may_go_to_a_bucket(bucket):
     workdir = epath.Path("gs://bucket/run")
     tokenizer = ByteTokenizer()
     with claimed(workdir):

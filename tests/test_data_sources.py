@@ -121,7 +121,7 @@ def test_a_missing_shard_is_named(prepared, tmp_path):
     assert len(open_source(str(folder), "validation")) == 6
 
 
-def test_a_shard_of_another_dataset_is_noticed(prepared, tmp_path):
+def test_a_shard_of_another_dataset_is_detected(prepared, tmp_path):
     other = prepared["array_record"] / "c4-validation.array_record-00000-of-00003"
     shard = "c4-train.array_record-00000-of-00003"
     folder = copy_with(prepared["array_record"], tmp_path, shard, lambda _: other.read_bytes())
@@ -129,7 +129,7 @@ def test_a_shard_of_another_dataset_is_noticed(prepared, tmp_path):
         texts_of(open_source(str(folder), "train"))
 
 
-def test_wrong_places_and_splits_are_answered_with_what_is_there(prepared, tmp_path):
+def test_wrong_paths_and_splits_are_reported_with_what_exists(prepared, tmp_path):
     folder = prepared["array_record"]
     with pytest.raises(ValueError, match=rf"did you mean {folder}\?"):
         open_source(str(folder.parent), "train")
@@ -147,7 +147,7 @@ def test_wrong_places_and_splits_are_answered_with_what_is_there(prepared, tmp_p
         open_source(str(tmp_path / "*"), "train")
 
 
-def test_the_tfrecord_index_is_made_once_and_anew_for_a_changed_file(prepared, tmp_path):
+def test_the_tfrecord_index_is_made_once_and_again_for_a_changed_file(prepared, tmp_path):
     path = tmp_path / "x.tfrecord"
     original = (prepared["tfrecord"] / "c4-train.tfrecord-00000-of-00003").read_bytes()
     path.write_bytes(original)
@@ -160,7 +160,7 @@ def test_the_tfrecord_index_is_made_once_and_anew_for_a_changed_file(prepared, t
     assert len(TFRecordFile(str(path))) == 2 * len(first)
 
 
-def test_conversion_gives_the_records_back_and_goes_on_where_it_broke_off(prepared, tmp_path):
+def test_conversion_keeps_the_records_and_continues_after_an_interruption(prepared, tmp_path):
     target = tmp_path / "again"
     assert len(to_array_record(prepared["tfrecord"], target)) == 6
     for path in prepared["array_record"].iterdir():
@@ -263,7 +263,7 @@ def test_crc32c_does_not_depend_on_its_blocks():
         assert crc32c(data[:length]) == by_bits(data[:length]), length
 
 
-def test_a_plain_text_comes_in_pieces_that_join_to_it(tmp_path):
+def test_the_pieces_of_a_plain_text_join_to_it(tmp_path):
     paragraphs = "\n\n".join("Text — on and on. " * (i % 60) for i in range(2000))
     huge_line = "€" * MAX_PIECE_BYTES
     (tmp_path / "a.txt").write_text(paragraphs)
@@ -279,7 +279,7 @@ def test_a_plain_text_comes_in_pieces_that_join_to_it(tmp_path):
     assert all(piece.text.endswith("\n\n") for piece in pieces[: ends[0]])
 
 
-def test_json_lines_that_hold_no_text_are_read_over(tmp_path):
+def test_json_lines_without_text_are_skipped(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(
         b'{"text": "a\\nb"}\n\nno\n[1]\n{"text": 5}\n{"text": "\xff"}\n{"text": "end"}'
@@ -348,7 +348,7 @@ def test_validation_of_files_is_their_last_two_percent(tmp_path):
 
 
 @pytest.mark.parametrize("paragraphs", [30, 300])
-def test_two_percent_of_a_small_text_is_not_nothing(tmp_path, paragraphs):
+def test_two_percent_of_a_small_text_is_not_empty(tmp_path, paragraphs):
     path = tmp_path / "x.txt"
     path.write_text("Some words in a paragraph that has a few of them.\n\n" * paragraphs)
     train, validation = (open_source(str(path), s) for s in ("train[:98%]", "train[98%:]"))

@@ -1,4 +1,4 @@
-"""Worker processes are spawned from the main module, so every test runs a script of its own."""
+"""Worker processes are spawned from the main module, so every test runs its own script."""
 
 import json
 import os
@@ -83,7 +83,7 @@ def test_the_stream_is_the_same_with_0_1_and_2_workers_and_for_fresh_processes(c
     assert head + tail == unbroken
 
 
-def test_workers_end_with_a_run_that_is_killed(command):
+def test_workers_exit_with_a_run_that_is_killed(command):
     process = command(2, count=1)
     _, _, children = json.loads(process.stdout.readline())
     assert all(map(is_running, children))
@@ -95,7 +95,7 @@ def test_workers_end_with_a_run_that_is_killed(command):
     assert not any(map(is_running, children))
 
 
-def test_an_error_in_a_worker_reaches_the_run_in_its_own_words(command, tmp_path):
+def test_an_error_in_a_worker_reaches_the_run_unchanged(command, tmp_path):
     with open(tmp_path / "x.jsonl", "a") as file:
         file.write("\n")  # what was indexed is no longer what a worker finds
     script = tmp_path / "run.py"

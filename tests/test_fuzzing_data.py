@@ -1,4 +1,4 @@
-"""Whatever bytes, ids or settings come in: the right answer, or one ValueError of ours."""
+"""Any bytes, ids or settings give the right answer, or a ValueError of ours."""
 
 import json
 import resource
@@ -24,7 +24,7 @@ RECORDS = [f"record {i} ".encode() * (7 * i % 40) for i in range(12)]
 
 @pytest.fixture(scope="module", autouse=True)
 def little_memory():
-    """Inputs have a few KiB: no length in them, however large, is believed."""
+    """Inputs have a few KiB; no length in them, however large, is trusted."""
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
     before = peak()
     yield
@@ -70,7 +70,7 @@ def mutated(original: bytes, edits) -> bytes:
 
 
 def right_or_value_error(read, expected):
-    """Runs `read`; what it gives must be right, and what it raises one line."""
+    """Runs `read`, which must return the expected value or raise one line."""
     try:
         result = read()
     except ValueError as error:
@@ -131,7 +131,7 @@ def test_any_bytes_are_an_example_or_an_error(data):
         assert "example" in str(error)
 
 
-def test_an_endless_length_does_not_take_for_ever():
+def test_an_endless_length_is_refused_at_once():
     with pytest.raises(ValueError, match="an example is damaged"):
         bytes_feature(b"\x0a" + b"\xff" * 3_000_000, "text")
 
@@ -191,7 +191,7 @@ def test_a_mutated_array_record_gives_all_records_or_an_error(
 
 
 @given(data=st.binary(max_size=200))
-def test_any_bytes_are_no_array_record(folder, data):
+def test_arbitrary_bytes_are_not_an_array_record(folder, data):
     path = folder / "any.array_record"
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"any\.array_record \(\d+ bytes\)"):

@@ -32,7 +32,7 @@ def tokenizer(folder):
 
 
 def word_tokenizer(path, end_token="</s>", **fields):
-    """A tokenizer.json of two words, with no other file beside it."""
+    """A tokenizer.json of two words, without other files next to it."""
     hf = pytest.importorskip("tokenizers")
     words = hf.Tokenizer(hf.models.WordLevel({"[UNK]": 0, "a": 1, ".": 2}, unk_token="[UNK]"))
     words.pre_tokenizer = hf.pre_tokenizers.Whitespace()
@@ -65,7 +65,7 @@ def test_special_ids_are_those_that_the_files_name(tokenizer, xlnet_model):
     assert tokenizer.decode([17, 11368, 2]) == "Hello</s>"
 
 
-def test_files_beside_the_tokenizer_overrule_the_usual_names(tmp_path):
+def test_files_next_to_the_tokenizer_override_the_usual_names(tmp_path):
     path = word_tokenizer(tmp_path / "tokenizer.json")
     config = {"eos_token": {"content": "."}, "pad_token": "a", "clean_up_tokenization_spaces": True}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
@@ -113,7 +113,7 @@ def test_the_missing_package_is_named_with_its_extra(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("content", ["", "<!DOCTYPE html>", "[1, 2]", "{}", '{"model": {}}'])
-def test_a_file_that_is_no_tokenizer_is_refused_by_name(content, tmp_path):
+def test_a_file_that_is_not_a_tokenizer_is_refused_by_name(content, tmp_path):
     pytest.importorskip("tokenizers")
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(ValueError, match=r"tokenizer\.json .*is no"):

@@ -32,7 +32,7 @@ def xlnet_tokenizer(shared_data):
 
 @pytest.fixture(scope="module")
 def plain_xlnet_tokenizer(shared_data):
-    """Drops the text's first blank, and prints control pieces as nothing."""
+    """Drops the first blank of a text, and prints nothing for control pieces."""
     return SentencePieceTokenizer(shared_data / "xlnet" / "spiece.model")
 
 
@@ -44,7 +44,7 @@ def xlnet_id(shared_data):
 
 
 def write_tokenizer(folder, tokenizer):
-    """Saves a tokenizer of Hugging Face's with an end token, and has it clean up decoded text."""
+    """Saves a Hugging Face tokenizer that has an end token and cleans up decoded text."""
     tokenizer.add_special_tokens(["</s>"])
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
@@ -65,7 +65,7 @@ def byte_level_tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def byte_fallback_tokenizer(tmp_path_factory):
-    """As LLaMA's: words, and bytes for what is not among them; the first blank is stripped."""
+    """As LLaMA's: words, and bytes for the rest; the first blank is stripped."""
     hf = pytest.importorskip("tokenizers")
     vocab = {piece: i for i, piece in enumerate(FALLBACK_PIECES)}
     bpe = hf.models.BPE(vocab, merges=[], byte_fallback=True)
@@ -124,7 +124,7 @@ def test_a_character_waits_for_its_last_byte():
     assert parts == ["a", "", "", "€", "b", "", "", "", "😀"]
 
 
-def test_broken_characters_come_out_once_it_is_certain_that_they_are():
+def test_broken_characters_come_out_once_they_are_certain():
     stream = TextStream(ByteTokenizer())
     assert [stream.push(byte + 6) for byte in b"\xe2\x82a\xe2"] == ["", "", "\ufffda", ""]
     assert stream.flush() == "\ufffd"
@@ -147,7 +147,7 @@ def test_clean_up_that_depends_on_all_that_went_before_streams_exactly(xlnet_tok
 
 
 def test_a_run_of_byte_pieces_waits_for_its_end(byte_fallback_tokenizer):
-    """To Hugging Face one stray byte makes the whole run unreadable."""
+    """With Hugging Face one stray byte makes the whole run unreadable."""
     first, second = "é".encode()  # a byte's piece has the byte's value as its id
     stream = TextStream(byte_fallback_tokenizer)
     parts = [stream.push(i) for i in (first, second, FALLBACK_PIECES.index("t"))]

@@ -111,7 +111,7 @@ def test_lone_surrogates_are_replaced_not_fatal(trained):
         (b"\n\xff\xff broken protobuf", "begins with"),
     ],
 )
-def test_a_file_that_is_no_model_is_described(content, message, tmp_path):
+def test_a_file_that_is_not_a_model_is_described(content, message, tmp_path):
     path = tmp_path / "spiece.model"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message) as caught:

@@ -42,7 +42,7 @@ def test_xlnets_model_is_taken_from_among_the_hubs_files(cache, shared_data, tmp
     assert tokenizer.encode("café") == tokenizer.encode("cafe")  # as no plain SentencePiece has it
 
 
-def test_of_another_models_files_the_one_with_hugging_faces_ids_is_taken(cache, model, tmp_path):
+def test_another_models_tokenizer_json_is_preferred_to_its_spiece_model(cache, model, tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0, "a": 1}, unk_token="a"))
     words.add_special_tokens(["</s>"])
@@ -67,7 +67,7 @@ def test_a_fresh_process_finds_it_too(tmp_path, model):
     assert (done.stdout, done.returncode) == ("290\n", 0), done.stderr
 
 
-def test_a_hub_id_that_cannot_be_had_is_answered_with_the_file_to_pass(cache):
+def test_a_hub_id_that_cannot_be_loaded_is_reported_with_the_file_to_pass(cache):
     with pytest.raises(ValueError) as caught:
         load_tokenizer("xlnet-base-cased")
     line = str(caught.value)

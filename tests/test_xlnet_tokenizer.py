@@ -139,7 +139,7 @@ def test_the_ids_that_training_and_padding_need(tokenizer, xlnet_model):
     assert tokenizer.sha256.startswith("1f8c1c0b")
 
 
-def test_text_from_strangers_yields_no_special_ids(model_file):
+def test_untrusted_text_yields_no_special_ids(model_file):
     tokenizer = XLNetTokenizer(model_file, split_special_tokens=True)
     for text in ("a</s>b", "<s> <mask> <eop>", full_width("</s>"), " ".join(SPECIAL_PIECES)):
         ids = tokenizer.encode(text)

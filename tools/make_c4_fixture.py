@@ -1,9 +1,9 @@
-"""Makes a small prepared dataset with exactly C4's features and layout, from JSONL.
+"""Makes a small prepared dataset with the features and layout of C4 from JSONL.
 
     python tools/make_c4_fixture.py 'pages/*.jsonl' --output DIR
 
-Writes DIR/array_record/c4/en/3.0.1 and DIR/tfrecord/c4/en/3.0.1, which everything that
-reads C4 reads too. Each line holds "text", and may hold "url" and "timestamp".
+Writes DIR/array_record/c4/en/3.0.1 and DIR/tfrecord/c4/en/3.0.1, which
+everything that reads C4 can read. Each line holds "text", and may hold "url" and "timestamp".
 """
 
 import argparse

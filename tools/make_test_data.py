@@ -83,7 +83,7 @@ def train_like_xlnet(texts: list[str]) -> bytes:
 
 
 def main() -> None:
-    """Makes the folder, unless it is there."""
+    """Makes the folder, unless it exists."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     folder = parser.parse_args().output

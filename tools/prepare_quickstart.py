@@ -1,4 +1,4 @@
-"""Makes the quickstart's text and tokenizer; what is there already stays."""
+"""Makes the quickstart's text and tokenizer, unless they exist."""
 
 import argparse
 from pathlib import Path

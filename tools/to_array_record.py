@@ -2,7 +2,8 @@
 
     python tools/to_array_record.py /tfrecord/c4/en/3.0.1 /array_record/c4/en/3.0.1 --processes 16
 
-The records stay the same bytes; checksums are verified. Started again, a broken run goes on.
+Records keep their bytes; checksums are verified. An interrupted conversion continues when it is
+started again.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""An English corpus from what every machine with this package has: Python's documentation.
+"""An English corpus from what every installation has: the documentation of Python packages.
 
 The topics of `pydoc`, docstrings, other long strings and READMEs of the standard library and of
 our runtime dependencies; parsed, never imported. The same installed versions give the same
@@ -44,7 +44,7 @@ _COMMON_WORDS = frozenset(
 
 
 def prepare_corpus(data_dir: str | Path) -> Path:
-    """Makes the corpus below `data_dir`, unless it is there already.
+    """Makes the corpus under `data_dir`, unless it exists.
 
     Returns:
       The prepared TFDS directory (C4's features, ArrayRecord, splits train and validation),
@@ -64,7 +64,7 @@ def prepare_corpus(data_dir: str | Path) -> Path:
 
 
 def collect_documents(strings_by_name: Iterable[tuple[str, list[str]]]) -> list[Document]:
-    """Documents of the prose among the strings, no paragraph like one seen before."""
+    """Documents made of the prose among the strings, without near-duplicate paragraphs."""
     seen: set[bytes] = set()
     documents = []
     for name, strings in strings_by_name:
@@ -80,7 +80,7 @@ def collect_documents(strings_by_name: Iterable[tuple[str, list[str]]]) -> list[
 
 
 def split_documents(documents: list[Document]) -> dict[str, list[Document]]:
-    """Takes validation documents in the order of a hash of their files' names, up to 3 %."""
+    """Holds out files for validation in the order of a hash of their names, up to 3 %."""
     by_file: dict[str, list[Document]] = {}
     for document in documents:
         by_file.setdefault(document.url.split("#")[0], []).append(document)
@@ -135,7 +135,7 @@ def _is_new(paragraph: str, seen: set[bytes]) -> bool:
 
 
 def _joined(paragraphs: list[str]) -> Iterator[str]:
-    """Documents of some pages each, long enough to be one."""
+    """Documents of some pages each; drops a last one that is too short."""
     text = ""
     for paragraph in paragraphs:
         if text and len(text) + len(paragraph) > _MAX_DOCUMENT_CHARS:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One example of C4; every field is text there, the length too."""
+    """One example of C4, where every feature is text, even the length."""
 
     text: str
     url: str = ""
@@ -17,7 +17,7 @@ class Document:
     content_type: str = "text/plain"
 
     def to_example(self) -> dict[str, str]:
-        """The features under their names in C4."""
+        """The features by their names in C4."""
         return {
             "text": self.text,
             "url": self.url,
@@ -28,7 +28,7 @@ class Document:
 
 
 def prepared_directory(data_dir: str | Path, name: str, config: str, version: str) -> Path:
-    """Where TFDS puts that version of that dataset."""
+    """Where TFDS keeps a version of a dataset."""
     return Path(data_dir) / name / config / version
 
 
@@ -43,16 +43,16 @@ def write_dataset(
 ) -> Path:
     """Writes ArrayRecord shards and TFDS's metadata; returns the prepared directory.
 
-    The directory appears at its place complete or not at all.
+    The directory appears complete or not at all.
     """
     import tensorflow_datasets as tfds
 
     with tfds.core.registered.skip_registration():
 
         class DocumentBuilder(tfds.core.GeneratorBasedBuilder):
-            """Documents given from outside."""
+            """Yields the given documents."""
 
-            __module__ = name  # of no package, where TFDS would look for checksums of downloads
+            __module__ = name  # not a package, in which TFDS would look for checksums
             VERSION = tfds.core.Version(version)
             BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=config)]  # noqa: RUF012
 
