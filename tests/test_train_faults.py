@@ -22,7 +22,7 @@ def text(tmp_path_factory) -> Path:
 
 
 def steps_kept(workdir: Path) -> list[int]:
-    names = (folder.name for folder in (workdir / "checkpoints").iterdir())
+    names = (folder.name for folder in (workdir / "checkpoints").glob("*"))
     return sorted(int(name) for name in names if name.isdigit())
 
 
