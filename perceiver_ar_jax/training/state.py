@@ -3,6 +3,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax.sharding import Mesh
@@ -11,16 +12,18 @@ from perceiver_ar_jax.model import PARAMETER_RULES
 from perceiver_ar_jax.parallel import shardings_by_path
 from perceiver_ar_jax.training.spikes import SPIKE_RULES
 
+Array = jax.Array | np.ndarray  # placed on devices, or as the loader gives it
+
 
 @struct.dataclass
 class Batch:
     """One batch of left-padded windows; the keywords are the names of the loader's arrays."""
 
-    tokens: jax.Array  # (B, S) int32
-    targets: jax.Array  # (B, S) int32, the next token at each position
-    pad_mask: jax.Array  # (B, S) bool, True at pads
-    segment_ids: jax.Array | None = None  # (B, S) int32; None: attention crosses documents
-    weights: jax.Array | None = None  # (B, S) float32, of each target; None: 1, and 0 at pads
+    tokens: Array  # (B, S) int32
+    targets: Array  # (B, S) int32, the next token at each position
+    pad_mask: Array  # (B, S) bool, True at pads
+    segment_ids: Array | None = None  # (B, S) int32; None: attention crosses documents
+    weights: Array | None = None  # (B, S) float32, of each target; None: 1, and 0 at pads
 
     def latent_weights(self, prefix_len: int) -> jax.Array:
         """The weight of each latent's target, (B, L) float32."""
