@@ -164,13 +164,13 @@ def test_microbatches_do_not_change_the_loss(text, tmp_path):
 
 def test_steps_and_evaluations_are_compiled_once(text, tmp_path, monkeypatch):
     traced = {"train": 0, "eval": 0}
-    loss_sum = step_file._loss_sum
+    head_inputs = step_file._head_inputs
 
-    def counting(params, batch, weights, dropout_key=None, **options):
+    def counting(params, batch, dropout_key=None, **options):
         traced["eval" if dropout_key is None else "train"] += 1
-        return loss_sum(params, batch, weights, dropout_key, **options)
+        return head_inputs(params, batch, dropout_key, **options)
 
-    monkeypatch.setattr(step_file, "_loss_sum", counting)
+    monkeypatch.setattr(step_file, "_head_inputs", counting)
     config = small_run(text, eval_every=2, steps=6)
     config.model.init_scale = 0.03  # a model that no other test has compiled for evaluation
     assert train(config, tmp_path) == train_loop.DONE
