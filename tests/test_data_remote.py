@@ -20,7 +20,8 @@ from perceiver_ar_jax.data.sources import open_source
 from perceiver_ar_jax.tokenizers import ByteTokenizer, load_tokenizer, train_sentencepiece
 from perceiver_ar_jax.training.goodput import Goodput
 from perceiver_ar_jax.training.metrics import MetricsWriter
-from perceiver_ar_jax.workdir import claimed, describe
+from perceiver_ar_jax.training.timeline import Timeline
+from perceiver_ar_jax.workdir import changed_settings, claimed, write_run
 
 TEXTS = [f"document {i} " * (i + 1) for i in range(20)]
 
@@ -156,14 +157,14 @@ def test_what_a_run_writes_besides_checkpoints_may_go_to_a_bucket(bucket):
     tokenizer = ByteTokenizer()
     with claimed(workdir):
         run = {"steps": 1, "data": {"respect_documents": False}}
-        assert describe(workdir, PerceiverARConfig(), tokenizer, run) == []
-        run |= {"steps": 2}
-        assert describe(workdir, PerceiverARConfig(), tokenizer, run) == ["steps: 1 -> 2"]
+        assert changed_settings(workdir, run) == []
+        write_run(workdir, PerceiverARConfig(), tokenizer, run)
+        assert changed_settings(workdir, run | {"steps": 2}) == ["steps: 1 -> 2"]
     for step in (1, 2):  # two starts of one run
         writer = MetricsWriter(workdir)
         writer.write(step, {"train/loss": 2.5})
         writer.close()
-        goodput = Goodput(workdir / "goodput.json", step=step, productive=0.0)
+        goodput = Goodput(workdir / "goodput.json", Timeline(), step=step, productive=0.0)
         assert goodput.metrics(step)["perf/lost_steps"] == 0
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
