@@ -90,15 +90,20 @@ def run(run: RunConfig, workdir: str | Path, *, dry_run: bool = False) -> int:
         if dry_run:
             _say(json.dumps(run.to_dict(), indent=2))
             return DONE
-        state, productive = _begin(run, mesh, origin, checkpointer, workdir, loader)
-        if origin.workdir == workdir and int(state.step) >= run.steps:
-            _say(f"already at step {state.step} of {run.steps}; raise config.steps to go on")
+        is_resumed = origin.workdir == workdir
+        state, productive = _begin(run, mesh, origin, checkpointer, loader, is_resumed=is_resumed)
+        step = int(state.step)
+        if is_resumed and step >= run.steps:
+            _say(f"already at step {step} of {run.steps}; raise config.steps to go on")
+            checkpointer.close()
             return DONE
         eval_batches = _open_eval_data(run, tokenizer, mesh)
-        check_agreement(
-            {"step to continue from": int(state.step), "data": _sha256(loader.fingerprint)}
-        )
-        on_first(lambda: _write_start(run, workdir, tokenizer))
+        check_agreement({"step to continue from": step, "data": _sha256(loader.fingerprint)})
+        for line in on_first(lambda: changed_settings(workdir, run.to_dict())):
+            _say(f"changed since the last start: {line}")
+        if is_resumed:
+            checkpointer.put_aside_after(step)
+        on_first(lambda: write_run(workdir, run.model, tokenizer, run.to_dict()))
         loop = _Loop(
             run=run,
             mesh=mesh,
@@ -107,8 +112,8 @@ def run(run: RunConfig, workdir: str | Path, *, dry_run: bool = False) -> int:
             eval_batches=eval_batches,
             sampler=sampler,
             checkpointer=checkpointer,
-            report=_report(run, mesh, workdir, timeline, int(state.step), productive),
-            saved=int(state.step) if origin.workdir == workdir else 0,
+            report=_report(run, mesh, workdir, timeline, step, productive),
+            saved=step if is_resumed else 0,
             profile_dir=workdir / "profile",
         )
         return loop.train(sample_first=origin.is_trained)
@@ -268,12 +273,12 @@ def _begin(
     mesh: jax.sharding.Mesh,
     origin: Origin,
     checkpointer: Checkpointer,
-    workdir: epath.Path,
     loader: data.Loader,
+    *,
+    is_resumed: bool,
 ) -> tuple[TrainState, float]:
     """The first state, with the loader at its place in the data, and the productive seconds."""
-    is_own = origin.workdir == workdir
-    if origin.workdir is not None and not is_own:
+    if origin.workdir is not None and not is_resumed:
         checkpointer = Checkpointer(origin.workdir / CHECKPOINTS_FOLDER)
     state, run_state = first_state(run, mesh, origin, checkpointer)
     if run_state is None:
@@ -282,10 +287,7 @@ def _begin(
         _say(f"skipped: {line}", file=sys.stderr)
     _place_loader(run, loader, run_state["loader"])
     _say(f"resumed from step {int(state.step)} in {checkpointer.directory}")
-    if not is_own:
-        return state, 0.0
-    checkpointer.put_aside_after(int(state.step))
-    return state, run_state["productive_seconds"]
+    return state, run_state["productive_seconds"] if is_resumed else 0.0
 
 
 def _place_loader(run: RunConfig, loader: data.Loader, state: dict[str, Any]) -> None:
@@ -296,13 +298,6 @@ def _place_loader(run: RunConfig, loader: data.Loader, state: dict[str, Any]) ->
             _say("the data starts over: the batch has another size")
             return
     loader.set_state(state, allow_other_data=run.data.allow_change)
-
-
-def _write_start(run: RunConfig, workdir: epath.Path, tokenizer: Tokenizer) -> None:
-    """Writes what this start is, and says what changed since the last one."""
-    for line in changed_settings(workdir, run.to_dict()):
-        _say(f"changed since the last start: {line}")
-    write_run(workdir, run.model, tokenizer, run.to_dict())
 
 
 def _report(
