@@ -3,7 +3,7 @@
 Command:   python train.py --config=configs/bytes_small.py --workdir=runs/bytes_small \\
              --config.data.source='wikitext-103/wiki.train*.txt'
 Hardware:  one GPU or a few TPU chips
-Memory:    5.5 GiB a chip on 4 v5e, 24 windows on each, by tools/compile_ahead.py --quick
+Memory:    5.5 GiB per chip on 4 v5e with 24 windows each, by tools/compile_ahead.py --quick
 Expected:  0.876 nats per byte (1.264 bits) on WikiText-103 is perceiver-io's published figure;
            not yet repeated here
 Prompts:   training never sees less than 4096 tokens of context (min_seq_len, as in the reference),

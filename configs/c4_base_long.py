@@ -1,10 +1,9 @@
 """The 455M model on C4 with a prefix of up to 32,256 tokens, fine-tuned or from scratch.
 
-Command:   python train.py --config=configs/c4_base_long.py --workdir=gs://BUCKET/c4_base_long \\
-             --config.data.source=gs://BUCKET/tensorflow_datasets/c4/en/3.0.1 \\
-             --config.data.tokenizer=spiece.model
-Hardware:  256 TPU chips, one window a chip
-Memory:    1.5 GiB a chip on v5e, by tools/compile_ahead.py (docs/tpu_pods.md)
+Command:   python train.py --config=configs/c4_base_long.py --workdir=gs://BUCKET/c4_base_long
+             with data and tokenizer as for c4_base
+Hardware:  256 TPU chips, one window per chip
+Memory:    1.5 GiB per chip on v5e, by tools/compile_ahead.py (docs/tpu_pods.md)
 Expected:  not yet run; no figure is published for this length
 
 As c4_base, but windows of 32,768 positions, documents joined until they are full. Half of the

@@ -128,7 +128,7 @@ def test_minus_one_means_that_all_layers_rotate(rotary_layers, expected):
 @pytest.mark.parametrize(
     "head_dim, abs_pos_emb, rotated", [(8, True, 4), (8, False, 8), (6, True, 4), (2, True, 2)]
 )
-def test_half_of_the_channels_rotate_beside_absolute_positions_rounded_up_to_pairs(
+def test_half_of_the_channels_rotate_with_absolute_positions_rounded_up_to_pairs(
     head_dim, abs_pos_emb, rotated
 ):
     config = small_config(num_channels=2 * head_dim, abs_pos_emb=abs_pos_emb)

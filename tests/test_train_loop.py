@@ -29,13 +29,13 @@ def text(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def straight(text, tmp_path_factory) -> Path:
-    """The workdir of an unbroken run."""
+    """The workdir of an uninterrupted run."""
     workdir = tmp_path_factory.mktemp("straight")
     assert train(small_run(text), workdir) == train_loop.DONE
     return workdir
 
 
-def test_a_run_learns_and_leaves_what_design_says(straight):
+def test_a_run_learns_and_leaves_its_files(straight):
     evals = [line["eval/loss"] for line in metrics(straight) if "eval/loss" in line]
     assert len(evals) == 3
     assert evals[-1] < evals[0]
@@ -62,7 +62,9 @@ def test_load_pretrained_reads_a_workdir(straight):
     assert logits.shape == (1, ids.shape[1] - 1, pretrained.config.vocab_size)
 
 
-def test_a_stopped_and_resumed_run_has_the_bits_of_a_straight_one(text, straight, tmp_path):
+def test_a_stopped_and_resumed_run_is_bit_identical_to_an_uninterrupted_one(
+    text, straight, tmp_path
+):
     half = small_run(text, steps=6)
     assert train(half, tmp_path) == train_loop.DONE
     assert train(small_run(text), tmp_path) == train_loop.DONE
@@ -109,7 +111,7 @@ def test_a_signal_during_an_evaluation_saves_the_current_step_too(text, tmp_path
     assert load_pretrained(tmp_path).step == 3
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_is_never_saved(text, tmp_path, capsys):
+def test_a_non_finite_loss_stops_the_run_and_is_never_saved(text, tmp_path, capsys):
     config = small_run(text)
     config.optimizer.learning_rate = 1e30
     config.optimizer.warmup_steps = 1
@@ -134,7 +136,7 @@ def test_a_bad_config_is_refused_before_anything_is_written(text, tmp_path, chan
     assert not (tmp_path / "run").exists()
 
 
-def test_all_problems_of_a_config_are_told_at_once(text, tmp_path):
+def test_all_problems_of_a_config_are_named_at_once(text, tmp_path):
     config = small_run(text, steps=0, ema_decay=2.0, model={"num_heads": 5}, init_from="a")
     config.resume_from = "b"
     config.data.source = ""

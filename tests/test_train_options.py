@@ -74,7 +74,7 @@ def test_weights_of_another_model_are_refused_with_the_fields(text, straight, tm
         train(run, tmp_path)
 
 
-def test_a_run_goes_on_from_another_one_in_a_workdir_of_its_own(text, straight, tmp_path):
+def test_a_run_continues_from_another_one_in_its_own_workdir(text, straight, tmp_path):
     half = small_run(text, steps=6)
     assert train(half, tmp_path / "half") == train_loop.DONE
     whole = small_run(text, resume_from=str(tmp_path / "half"))
@@ -84,7 +84,7 @@ def test_a_run_goes_on_from_another_one_in_a_workdir_of_its_own(text, straight, 
     assert losses(tmp_path / "whole") == {step: expected[step] for step in range(7, 13)}
 
 
-def test_a_run_that_averages_its_weights_is_judged_by_the_average(text, tmp_path):
+def test_a_run_that_averages_its_weights_is_evaluated_on_the_average(text, tmp_path):
     config = small_run(text, ema_decay=0.5, steps=6)
     assert train(config, tmp_path) == train_loop.DONE
     averaged = load_pretrained(tmp_path).params
@@ -184,7 +184,7 @@ def test_the_profiler_watches_the_steps_it_is_told_to(text, tmp_path):
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
-def test_memory_of_a_step_is_told_once(text, tmp_path, capsys):
+def test_memory_of_a_step_is_printed_once(text, tmp_path, capsys):
     assert train(small_run(text, steps=2), tmp_path) == train_loop.DONE
     assert capsys.readouterr().out.count("GiB of state and batch") == 1
 
