@@ -31,7 +31,8 @@ test: $(VENV)/installed-for-tests $(TEST_DATA)
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist=loadfile
 
 test-fast: $(VENV)/installed-for-tests $(TEST_DATA)
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist=loadfile $(FAST)
+	PERCEIVER_AR_TESTS=optimized \
+	  $(BIN)/python -m pytest -m "not slow" -n 2 --dist=loadfile $(FAST)
 
 test-slow: $(VENV)/installed-for-tests $(TEST_DATA)
 	$(BIN)/python -m pytest -m slow

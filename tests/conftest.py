@@ -1,7 +1,9 @@
 import os
 
+from quick_compilation import xla_flags
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("XLA_FLAGS", xla_flags(num_devices=8))
 
 import hashlib
 import json

@@ -4,15 +4,12 @@ import functools
 
 import jax
 import numpy as np
+from quick_compilation import QUICK_OPTIONS
 
 from perceiver_ar_jax import PerceiverAR, PerceiverARConfig
 from perceiver_ar_jax.model import init_params
 
-# Such models take longer to compile than to run. Unoptimised code compiles in 0.4 of the time.
-QUICK_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-if jax.__version_info__ < (0, 11):  # newer versions emit fusions in one way, without this option
-    QUICK_OPTIONS["xla_cpu_use_fusion_emitters"] = False  # another 3 times faster
-
+# Also where the rest of a test is compiled as users do.
 quick_jit = functools.partial(jax.jit, compiler_options=QUICK_OPTIONS)
 
 

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from quick_compilation import xla_flags
+
 from perceiver_ar_jax.parallel.processes import BY_HAND
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +32,7 @@ def start_joined(commands: Sequence[list], *, devices: int) -> list[subprocess.P
     environment = os.environ | {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": xla_flags(devices),
     }
     started = []
     for index, command in enumerate(commands):
