@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
 from perceiver_ar_jax.data import EvaluationBatches
 from perceiver_ar_jax.model import PerceiverAR
@@ -50,7 +49,7 @@ def evaluate(
     step = functools.partial(_compiled_step(model, batches.prefix_len), params)
     placed = (to_device(Batch(**arrays)) for arrays in batches)
     sums = list(one_at_a_time(step, placed))
-    nats, tokens = np.sum(sums, axis=0, dtype=np.float64)
+    nats, tokens = (math.fsum(map(float, column)) for column in zip(*sums, strict=True))
     if tokens != batches.num_tokens:
         raise RuntimeError(
             f"the weights of all batches add up to {tokens:g}, but the text has "

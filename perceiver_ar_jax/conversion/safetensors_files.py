@@ -81,7 +81,7 @@ def write_safetensors(
         for (name, array), (expected, spec) in zip(arrays, specs.items(), strict=True):
             if name != expected or (array.dtype, array.shape) != spec:
                 raise ValueError(f"{name} is not the announced {expected} {spec}")
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def _stored(path, data_start, file_size, *, dtype, shape, data_offsets) -> StoredTensor:

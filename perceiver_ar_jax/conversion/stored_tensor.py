@@ -24,7 +24,7 @@ DTYPES = {
 
 def checksum(array: np.ndarray) -> int:
     """CRC-32 of an array's bytes, in C order."""
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 @dataclasses.dataclass(frozen=True)
