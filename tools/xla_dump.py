@@ -13,7 +13,7 @@ BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "f32": 4, "
 # Parts of the step by what an instruction's op_name contains; the first that matches counts.
 PARTS = (
     ("mlp", r"/mlp/"),
-    ("attention", r"attention[/.]|/[qkvo]_proj|_norm|/norm/|PerceiverAR\._read"),
+    ("attention", r"attention[/.]|/[qkvo]_proj|_norm|/norm/|PerceiverAR\._first_layer"),
     ("embedding", r"embedding"),
     ("layers, other", r"PerceiverAR"),
     ("head and loss", r"cross_entropy|/jvp\(\)/|/while/body"),

@@ -41,7 +41,7 @@ class EvaluationBatches:
         self.prefix_len = config.max_seq_len - num_latents
         self._first_row = config.batch_size * process_index
         self._rows = rows
-        self._stream, self._document_starts = self._read(documents)
+        self._stream, self._document_starts = self._join(documents)
         self.num_tokens = len(self._stream) - 1
 
     def __len__(self) -> int:
@@ -65,7 +65,7 @@ class EvaluationBatches:
     def _num_windows(self) -> int:
         return -(-self.num_tokens // self.stride)
 
-    def _read(self, documents: DocumentSource) -> tuple[np.ndarray, np.ndarray]:
+    def _join(self, documents: DocumentSource) -> tuple[np.ndarray, np.ndarray]:
         """All tokens, after one eos so that the first is predicted too, as in training."""
         parts = [np.array([documents.eos_id], np.int32)]
         starts = [0, 1]

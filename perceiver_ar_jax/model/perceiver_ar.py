@@ -89,7 +89,7 @@ class PerceiverAR(nn.Module):
     ) -> jax.Array:
         """What the head reads, (B, L, D); arguments as in `__call__`."""
         inputs = Inputs.of(tokens_BS, pad_mask, segment_ids)
-        x_BLD, _, *inner = self._read(inputs, prefix_len, deterministic)
+        x_BLD, _, *inner = self._first_layer(inputs, prefix_len, deterministic)
         return self._normed(self._layers(x_BLD, *inner, deterministic))
 
     def logits(self, hidden_BLD: jax.Array) -> jax.Array:
@@ -104,7 +104,9 @@ class PerceiverAR(nn.Module):
         self, tokens_BS: jax.Array, prefix_len: int, pad_mask: jax.Array | None = None
     ) -> tuple[jax.Array, Cache]:
         """Reads a prompt: hidden states (B, L, D), and a cache that holds just the prompt."""
-        x_BLD, cross, rotation_BL, visible = self._read(Inputs.of(tokens_BS, pad_mask), prefix_len)
+        x_BLD, cross, rotation_BL, visible = self._first_layer(
+            Inputs.of(tokens_BS, pad_mask), prefix_len
+        )
         layers = []
         for index, layer in enumerate(self.self_attention):
             x_BLD, kv = layer(x_BLD, self._rotation_of(index, rotation_BL), visible)
@@ -134,9 +136,11 @@ class PerceiverAR(nn.Module):
         cache = cache.replace(cross=cross, layers=tuple(layers), length=cache.length + 1)
         return self._normed(x_B1D)[:, 0], cache
 
-    def _read(self, inputs: Inputs, prefix_len: int, deterministic: bool = True):
-        """The hybrid layer: latents, keys and values of all that was read; and what the layers
-        after it need, the latents' rotation and visibility.
+    def _first_layer(self, inputs: Inputs, prefix_len: int, deterministic: bool = True):
+        """The hybrid layer over embedded inputs.
+
+        Returns latents (B, L, D), keys and values of all positions, and what the layers after it
+        take: the latents' rotation and visibility.
         """
         config = self.config
         _check_lengths(inputs.length, prefix_len, config)
