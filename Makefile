@@ -13,6 +13,9 @@ FAST = $(addprefix tests/test_, architecture.py command_line.py conversion_files
   data_sources.py generation_policies.py losses.py mesh_context.py model_long_prefix.py \
   model_memory.py model_parameters.py notebooks.py streaming.py train_loop.py)
 
+# A crashed worker ends the run; without the limit xdist waits forever for the one it replaced.
+WORKERS = -n 2 --dist=loadfile --max-worker-restart=0
+
 .PHONY: install quickstart test test-fast test-slow test-data format clean
 
 install: $(VENV)/installed
@@ -28,11 +31,11 @@ test: $(VENV)/installed-for-tests $(TEST_DATA)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist=loadfile
+	$(BIN)/python -m pytest -m "not slow" $(WORKERS)
 
 test-fast: $(VENV)/installed-for-tests $(TEST_DATA)
 	PERCEIVER_AR_TESTS=optimized \
-	  $(BIN)/python -m pytest -m "not slow" -n 2 --dist=loadfile $(FAST)
+	  $(BIN)/python -m pytest -m "not slow" $(WORKERS) $(FAST)
 
 test-slow: $(VENV)/installed-for-tests $(TEST_DATA)
 	$(BIN)/python -m pytest -m slow
