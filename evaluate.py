@@ -1,18 +1,23 @@
-"""How well a model predicts a text: nats per token and bits per byte, as one JSON object.
+"""How well a model predicts a text: nats per token, bits per byte, perplexity of words, as JSON.
 
 Example:
-  python evaluate.py --model=runs/tiny --text=README.md
+  python evaluate.py --model=runs/tiny --text=README.md --stride=16 --output=result.json
+  python tools/plot_evaluation.py result.json
 
-Every token is predicted once, with at least max_seq_len - max_latents tokens before it as far as
-there are. Attention stays inside a document if the model was trained so.
+Every token is predicted once, with at least max_seq_len - stride tokens before it as far as there
+are. Attention stays inside a document if the model was trained so. The file of --output has the
+loss by place in the document and by how much the model read, too.
 
 Exit codes: 0 done, 2 bad input, 4 no intact checkpoint, 130 interrupted.
 """
 
 import argparse
 import json
+import math
+from pathlib import Path
+from typing import Any
 
-from perceiver_ar_jax.command_line import run_script, start_script
+from perceiver_ar_jax.command_line import Parser, run_script, start_script
 
 
 def main() -> int:
@@ -21,16 +26,9 @@ def main() -> int:
     return _run(arguments)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-
-    def add(name, help, **options):
-        if "default" in options:
-            help += " (default: %(default)s)"
-        parser.add_argument(name, help=help, **options)
-
+def _parser() -> Parser:
+    parser = Parser(__doc__)
+    add = parser.add
     add("--model", "what load_pretrained reads: a workdir, a folder, a hub id", required=True)
     add(
         "--text",
@@ -38,7 +36,18 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
     )
     add("--split", "a split of a TFDS dataset, or a slice such as train[:1%%]", default="train")
-    add("--batch_size", "windows per step", type=int, default=8)
+    add(
+        "--stride",
+        "targets of a window; fewer give each more context and take longer (default: max_latents)",
+        type=int,
+    )
+    add(
+        "--batch_size",
+        "windows per step (default: what fits into half of the accelerator's memory; 4 on a CPU, "
+        "where more are slower)",
+        type=int,
+    )
+    add("--output", "a file for the result with its tables, which tools/plot_evaluation.py draws")
     return parser
 
 
@@ -46,39 +55,62 @@ def _run(arguments: argparse.Namespace) -> int:
     from absl import logging
 
     from perceiver_ar_jax import load_pretrained
-    from perceiver_ar_jax.data import DataConfig, evaluation_batches
-    from perceiver_ar_jax.evaluation import evaluate
 
     logging.set_verbosity(logging.WARNING)
+    if arguments.output and not Path(arguments.output).resolve().parent.is_dir():
+        raise ValueError(f"--output={arguments.output}: there is no such folder")
     pretrained = load_pretrained(arguments.model)
-    config = pretrained.config
     if pretrained.tokenizer is None:
         raise ValueError(f"{arguments.model} has no tokenizer")
+    result = {"model": arguments.model, "step": pretrained.step}
+    result |= _on_text(pretrained, arguments)
+    if arguments.output:
+        Path(arguments.output).write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({name: x for name, x in result.items() if not isinstance(x, list)}))
+    return 0
+
+
+def _on_text(pretrained, arguments) -> dict[str, Any]:
+    from perceiver_ar_jax.data import DataConfig, evaluation_batches
+    from perceiver_ar_jax.evaluation import evaluate_in_detail
+    from perceiver_ar_jax.evaluation.batch_size import default_batch_size
+    from perceiver_ar_jax.evaluation.progress import tracked
+
+    config, batch_size = pretrained.config, arguments.batch_size
+    if batch_size is None:
+        batch_size = default_batch_size(config)
     batches = evaluation_batches(
         DataConfig(
             source=arguments.text,
             split=arguments.split,
             min_seq_len=1,
             max_seq_len=config.max_seq_len,
-            batch_size=arguments.batch_size,
+            batch_size=batch_size,
             respect_documents=pretrained.respect_documents,
         ),
         pretrained.tokenizer,
         num_latents=config.max_latents,
+        stride=arguments.stride,
     )
-    result = evaluate(pretrained.params, batches, model=pretrained.model)
-    line = {
-        "model": arguments.model,
-        "step": pretrained.step,
+    result = evaluate_in_detail(
+        pretrained.params,
+        batches,
+        model=pretrained.model,
+        track=lambda items: tracked(items, len(batches), "batches"),
+    )
+    perplexity = result.word_perplexity
+    return {
         "text": arguments.text,
         "respect_documents": pretrained.respect_documents,
+        "stride": batches.stride,
         "nats_per_token": result.loss,
         "bits_per_byte": result.bits_per_byte,
+        "word_perplexity": perplexity if math.isfinite(perplexity) else None,
         "tokens": result.num_tokens,
         "bytes": result.num_bytes,
+        "words": result.num_words,
+        **result.tables,
     }
-    print(json.dumps(line))
-    return 0
 
 
 if __name__ == "__main__":

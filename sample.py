@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from perceiver_ar_jax.command_line import run_script, start_script
+from perceiver_ar_jax.command_line import Parser, run_script, start_script
 
 
 def main() -> int:
@@ -23,16 +23,9 @@ def main() -> int:
     return _continue_prompts(_parser().parse_args())
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-
-    def add(name, help, **options):
-        if options.get("default") is not None:
-            help += " (default: %(default)s)"
-        parser.add_argument(name, help=help, **options)
-
+def _parser() -> Parser:
+    parser = Parser(__doc__)
+    add = parser.add
     add("--model", "what load_pretrained reads: a workdir, a folder, a hub id", required=True)
     add("--prompt", "may be given several times", action="append")
     add("--prompt_file", "UTF-8 text, one prompt per line; blank lines are skipped")

@@ -3,12 +3,13 @@
 Importing it costs nothing, so that scripts are quiet from their first moment on.
 """
 
+import argparse
 import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
@@ -21,6 +22,21 @@ MALLOC_SETTINGS = {
 }
 RESTARTED = "PERCEIVER_AR_RESTARTED"
 ACCELERATORS = ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "kfd")  # in /dev
+
+
+class Parser(argparse.ArgumentParser):
+    """The parser of a script, whose --help begins with the script's docstring."""
+
+    def __init__(self, description: str | None):
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
+    def add(self, name: str, help: str, **options: Any) -> None:
+        """`add_argument`; the help names the default, if there is one."""
+        if options.get("default") is not None:
+            help += " (default: %(default)s)"
+        self.add_argument(name, help=help, **options)
 
 
 def start_script() -> None:

@@ -29,24 +29,61 @@ def counted(batches, num_latents: int):
     return found
 
 
-@pytest.mark.parametrize("num_latents", [1, 3, 5, 8])
+@pytest.mark.parametrize("respect_documents", [False, True])
+@pytest.mark.parametrize(
+    ("num_latents", "stride"), [(1, 1), (3, None), (5, 2), (5, None), (8, 3), (8, 8)]
+)
 @pytest.mark.parametrize("lengths", [(30, 0, 7, 12), (4,), (8,), (15, 0)])
-def test_every_token_counts_once_with_all_available_context(tmp_path, num_latents, lengths):
+def test_every_token_counts_once_with_all_available_context(
+    tmp_path, num_latents, stride, lengths, respect_documents
+):
     texts = [chr(ord("a") + i) * length for i, length in enumerate(lengths)]
     config = DataConfig(
-        write_jsonl(tmp_path / "x.jsonl", texts), min_seq_len=8, max_seq_len=8, batch_size=3
+        write_jsonl(tmp_path / "x.jsonl", texts),
+        min_seq_len=8,
+        max_seq_len=8,
+        batch_size=3,
+        respect_documents=respect_documents,
     )
-    batches = evaluation_batches(config, BYTES, num_latents=num_latents)
-    stream = [2]
+    batches = evaluation_batches(config, BYTES, num_latents=num_latents, stride=stride)
+    stream, positions, starts = [2], [], [0]
     for text in texts:
-        stream += [ord(char) + 6 for char in text] + ([2] if text else [])
+        document = [ord(char) + 6 for char in text] + ([2] if text else [])
+        positions += range(len(document))
+        starts += [len(stream)] * len(document)
+        stream += document
     found = counted(batches, num_latents)
     assert [target for target, _ in found] == stream[1:]
     for i, (_, context) in enumerate(found):
         np.testing.assert_array_equal(context, stream[i + 1 - len(context) : i + 1])
-        assert len(context) >= min(i + 1, 8 - num_latents + 1)
+        assert len(context) >= min(i + 1, 8 - (stride or num_latents) + 1)
     assert batches.num_tokens == len(stream) - 1
     assert batches.num_bytes == sum(lengths)
+    assert batches.num_words == sum(length > 0 for length in lengths)
+
+    context_K = np.array([len(context) for _, context in found])
+    if respect_documents:  # the source of target i is token i
+        context_K = np.minimum(context_K, [i + 1 - starts[i] for i in range(len(found))])
+    got_positions, got_contexts, _ = batches.places(0, batches.num_tokens)
+    np.testing.assert_array_equal(got_positions, positions)
+    np.testing.assert_array_equal(got_contexts, context_K)
+
+
+def test_of_what_a_target_reads_the_positions_before_the_latents_are_prefix(tmp_path):
+    source = write_jsonl(tmp_path / "x.jsonl", ["x" * 29])
+    config = DataConfig(source, min_seq_len=8, max_seq_len=8)
+    batches = evaluation_batches(config, BYTES, num_latents=6, stride=3)
+    _, contexts, prefixes = batches.places(0, 30)
+    # Windows end at 3, 6, 9, ...; the first two are shorter than the latents or just fit them.
+    np.testing.assert_array_equal(prefixes, [0] * 6 + [2] * 24)
+    np.testing.assert_array_equal(contexts, [1, 2, 3, 4, 5, 6] + [6, 7, 8] * 8)
+
+
+@pytest.mark.parametrize("stride", [0, 5])
+def test_a_stride_beyond_the_latents_is_refused(tmp_path, stride):
+    config = DataConfig(write_jsonl(tmp_path / "x.jsonl", ["x"]), min_seq_len=1, max_seq_len=8)
+    with pytest.raises(ValueError, match=rf"stride={stride} out of valid range \[1\.\.4\]"):
+        evaluation_batches(config, BYTES, num_latents=4, stride=stride)
 
 
 def test_batches_have_one_shape_and_end_with_rows_of_pads(tmp_path):

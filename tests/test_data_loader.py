@@ -359,7 +359,7 @@ class Melodies:
     def __getitem__(self, index: int) -> TokenDocument:
         notes = np.full(index + 5, index + 2, np.int32)
         notes[-1] = self.eos_id
-        return TokenDocument(notes, True, 0, self.oddities[: index % 2])
+        return TokenDocument(notes, True, 0, oddities=self.oddities[: index % 2])
 
 
 def test_documents_of_another_modality_are_read_by_the_same_loader_and_evaluation(tmp_path):

@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT
 
 PLOT_RUN = ROOT / "tools" / "plot_run.py"
+PLOT_EVALUATION = ROOT / "tools" / "plot_evaluation.py"
 CHAR_WIDTH = 0.54  # of the font size, on average, in a wide font
 
 
@@ -123,6 +124,39 @@ def test_a_baseline_without_a_number_is_refused(tmp_path):
     result = run(PLOT_RUN, tmp_path, "--baseline", "gzip=much")
     assert result.returncode == 2
     assert "'gzip=much' is no NAME=BITS_PER_BYTE" in result.stderr
+
+
+def test_an_evaluation_is_drawn_with_a_panel_for_each_table(tmp_path):
+    def table(*ranges):
+        return [
+            {"from": low, "to": high, "tokens": 5, "nats_per_token": 3 + 1 / (1 + low)}
+            for low, high in ranges
+        ]
+
+    result = {
+        "model": "runs/x",
+        "by_position": table((0, 0), (1, 1), (2, 3), (1024, 2047)),
+        "by_context": table((257, 288), (481, 512)),
+        "by_prefix": table((256, 271)),
+    }
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    done = run(PLOT_EVALUATION, tmp_path / "result.json")
+    assert done.returncode == 0, done.stderr
+    svg = ElementTree.parse(tmp_path / "result.svg").getroot()
+    assert_texts_are_apart(svg)
+    assert len(elements(svg, "circle")) == 4 + 2 + 1
+    assert {"nats: 3.00", "tokens of the document before it"} <= set(texts(svg))
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"by_context": [{"from": 1}]}', "{'by_context'"]
+)
+def test_what_is_no_evaluation_gets_one_line(tmp_path, text):
+    (tmp_path / "result.json").write_text(text)
+    done = run(PLOT_EVALUATION, tmp_path / "result.json")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"plot_evaluation.py: {tmp_path / 'result.json'}: ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_compression_baselines_are_what_gzip_and_xz_make_of_the_text(tmp_path):

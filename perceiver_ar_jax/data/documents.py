@@ -12,6 +12,7 @@ class TokenDocument(NamedTuple):
     tokens: np.ndarray  # (T,) int32; the closing eos included where the document ends
     ends_document: bool
     num_bytes: int  # of the original data, for bits per byte
+    num_words: int = 0  # of text, separated by white space
     oddities: tuple[str, ...] = ()  # what is wrong with it, among the source's `oddities`
 
 

@@ -18,11 +18,12 @@ class EvaluationBatches:
     has predicted, the last `stride` of a window. Every process has `len` batches.
 
     Attributes:
-      stride: how many targets a window adds: the number of its latents.
+      stride: how many targets a window adds, at most the number of its latents.
       prefix_len: the positions of a window before its latents.
       num_tokens: targets with weight 1, over all processes: every token of the text, and the eos of
         each document.
       num_bytes: the UTF-8 bytes of the text; nats / log(2) / num_bytes are bits per byte.
+      num_words: its words, separated by white space.
       oddities: documents counted by what is wrong with them.
     """
 
@@ -32,12 +33,13 @@ class EvaluationBatches:
         documents: DocumentSource,
         *,
         num_latents: int,
+        stride: int | None = None,
         process_index: int,
         rows: int,
     ):
         self._config = config
         self._pad_id = documents.pad_id
-        self.stride = num_latents
+        self.stride = num_latents if stride is None else stride
         self.prefix_len = config.max_seq_len - num_latents
         self._first_row = config.batch_size * process_index
         self._rows = rows
@@ -61,6 +63,30 @@ class EvaluationBatches:
                     self._write_window(rows, row, first + row)
             yield rows
 
+    def places(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where the counted targets [first, last) of the text are, in the order of all windows.
+
+        Returns:
+          How many tokens of its document precede each target; how many tokens the model reads to
+          predict it, those of its document only if documents are respected; and how many of these
+          are prefix.
+        """
+        sources = np.arange(first, last)  # the place in the stream of the token before each target
+        ends = np.minimum((sources // self.stride + 1) * self.stride, self.num_tokens)
+        visible = np.maximum(0, ends - self._config.max_seq_len)
+        if self._config.respect_documents:
+            visible = np.maximum(visible, self._document_start(sources))
+        first_latents = ends - (self._config.max_seq_len - self.prefix_len)
+        return (
+            sources + 1 - self._document_start(sources + 1),
+            sources + 1 - visible,
+            np.maximum(0, first_latents - visible),
+        )
+
+    def _document_start(self, places: np.ndarray) -> np.ndarray:
+        documents = np.searchsorted(self._document_starts, places, side="right") - 1
+        return self._document_starts[documents]
+
     @property
     def _num_windows(self) -> int:
         return -(-self.num_tokens // self.stride)
@@ -71,11 +97,12 @@ class EvaluationBatches:
         starts = [0, 1]
         length = 1
         self.oddities = dict.fromkeys(documents.oddities, 0)
-        self.num_bytes = 0
+        self.num_bytes = self.num_words = 0
         for document in map(documents.__getitem__, range(len(documents))):
             parts.append(document.tokens)
             length += len(document.tokens)
             self.num_bytes += document.num_bytes
+            self.num_words += document.num_words
             for name in document.oddities:
                 self.oddities[name] += 1
             if document.ends_document:
@@ -107,26 +134,30 @@ def evaluation_batches(
     tokenizer: Tokenizer,
     *,
     num_latents: int,
+    stride: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> EvaluationBatches:
     """Reads and tokenises the whole split once, and cuts it into batches without shuffling.
 
     The documents, joined with eos, are one stream. Windows of `max_seq_len` tokens advance by
-    `num_latents`, so that each token is predicted once, by a latent, with at least
-    max_seq_len - num_latents tokens before it (except at the beginning of the stream). The last
-    batch is filled with rows of pads. Tokens are held in memory, 4 bytes each: use a slice of a
-    large split.
+    `stride`, by default `num_latents`, so that each token is predicted once, by one of the last
+    `stride` latents, with at least max_seq_len - stride tokens before it (except at the beginning
+    of the stream). The last batch is filled with rows of pads. Tokens are held in memory, 4 bytes
+    each: use a slice of a large split.
 
     Raises:
-      ValueError: the data is missing or without text, or num_latents is out of range.
+      ValueError: the data is missing or without text, or num_latents or stride is out of range.
     """
     if not 1 <= num_latents <= config.max_seq_len:
         raise ValueError(f"num_latents={num_latents} out of valid range [1..{config.max_seq_len}]")
+    if stride is not None and not 1 <= stride <= num_latents:
+        raise ValueError(f"stride={stride} out of valid range [1..{num_latents}], the latents")
     return EvaluationBatches(
         config,
         open_text_documents(config, tokenizer),
         num_latents=num_latents,
+        stride=stride,
         process_index=process_index,
         rows=config.batch_size * process_count,
     )

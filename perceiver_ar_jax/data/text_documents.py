@@ -73,5 +73,6 @@ def tokenize(text: Text, tokenizer: Tokenizer) -> TokenDocument:
         tokens=np.asarray(ids, np.int32),
         ends_document=text.ends_document,
         num_bytes=len(text.text.encode("utf-8", errors="replace")),
+        num_words=len(text.text.split()),
         oddities=tuple(name for name, is_odd in found.items() if is_odd),
     )
