@@ -83,7 +83,7 @@ def assert_close(actual, expected, **tolerance):
     )
 
 
-implementations = pytest.mark.parametrize("implementation", ["plain", "recompute"])
+implementations = pytest.mark.parametrize("implementation", ["plain", "recompute", "pallas"])
 
 
 @implementations

@@ -135,6 +135,50 @@ def on_own_keys(
     )
 
 
+def on_own_parts(
+    function: Callable[..., tuple], *, sizes: dict[str, int], in_axes: tuple, out_axes: tuple
+) -> Callable[..., tuple]:
+    """`function`, run by each device on its own part of the arrays: nothing is the compiler's.
+
+    Without a mesh it is the plain function.
+
+    Args:
+      function: of arrays or trees, to a tuple.
+      sizes: of each logical axis that is cut, if it divides among its devices.
+      in_axes: the logical names of the dimensions of each argument, or of each leaf of it.
+      out_axes: the same for each result; those that do not name an axis are equal on its devices.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    own = set(mesh.axis_names) - set(mesh.manual_axes)
+    if not own:
+        return function
+    cut = {
+        name: _fitting(LOGICAL_RULES[name], size, mesh) or None for name, size in sizes.items()
+    }
+
+    def specs(axes):
+        to_spec = lambda names: PartitionSpec(*map(cut.get, names))
+        return jax.tree.map(to_spec, axes, is_leaf=_are_names)
+
+    return jax.shard_map(
+        function,
+        in_specs=specs(in_axes),
+        out_specs=specs(out_axes),
+        axis_names=own,
+        check_vma=False,
+    )
+
+
+def platform_in_use() -> str:
+    """`tpu`, `gpu` or `cpu`: of the mesh in use, whose devices need not exist, or of this process."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+
+
+def _are_names(x: Any) -> bool:
+    return type(x) is tuple and all(name is None or name in LOGICAL_RULES for name in x)
+
+
 def _mesh_axes(logical: Iterable[str | None]) -> list[tuple[str, ...]]:
     return [LOGICAL_RULES[axis] if axis else () for axis in logical]
 

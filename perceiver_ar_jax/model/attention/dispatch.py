@@ -4,23 +4,42 @@ import jax
 import jax.numpy as jnp
 
 from perceiver_ar_jax.config import PerceiverARConfig
-from perceiver_ar_jax.model.attention import plain, recompute
+from perceiver_ar_jax.model.attention import pallas, plain, recompute
 from perceiver_ar_jax.model.attention.dropout import Dropout
 from perceiver_ar_jax.model.attention.visibility import Visibility
-from perceiver_ar_jax.parallel import CONTEXT, has_context
+from perceiver_ar_jax.parallel import CONTEXT, has_context, platform_in_use
 
-IMPLEMENTATIONS = {"plain": plain.attend, "recompute": recompute.attend}
+IMPLEMENTATIONS = {
+    "plain": plain.attend,
+    "recompute": recompute.attend,
+    "pallas": pallas.attend,
+}
+FUSED = {"pallas": pallas.MAX_QUERIES}  # kernels, with the longest queries they take
+ON_PLATFORM = {"tpu": "pallas"}  # what "auto" takes where a kernel is made for the platform
 
 
-def implementation_for(config: PerceiverARConfig, *, spread_over_context: bool) -> str:
+def implementation_for(
+    config: PerceiverARConfig,
+    *,
+    num_queries: int,
+    platform: str,
+    has_dropout: bool = False,
+    spread_over_context: bool = False,
+) -> str:
     """The implementation that `config.attention` names; where it says "auto", this rule.
 
-    `recompute` where the backward pass is to compute activations again anyway (`remat`), and where
-    the keys are spread over devices, which `plain` would gather; otherwise `plain`.
+    The kernel for the platform, if there is one. Otherwise `recompute` where the backward pass is
+    to compute activations again anyway (`remat`), and where the keys are spread over devices, which
+    `plain` would gather; otherwise `plain`. In place of a kernel, named or not, `recompute` drops
+    attention weights and takes more queries than the kernel can.
     """
-    if config.attention != "auto":
-        return config.attention
-    return "recompute" if spread_over_context or config.remat != "none" else "plain"
+    name = config.attention
+    if name == "auto":
+        recomputes = spread_over_context or config.remat != "none"
+        name = ON_PLATFORM.get(platform, "recompute" if recomputes else "plain")
+    if name in FUSED and (has_dropout or num_queries > FUSED[name]):
+        return "recompute"
+    return name
 
 
 def attend(
@@ -48,11 +67,18 @@ def attend(
         it has one that divides them.
     """
     spread = over_context and has_context(k_BKNH.shape[1])
-    name = implementation_for(config, spread_over_context=spread)
+    name = implementation_for(
+        config,
+        num_queries=q_BLNH.shape[1],
+        platform=platform_in_use(),
+        has_dropout=dropout is not None,
+        spread_over_context=spread,
+    )
     run = IMPLEMENTATIONS[name]
-    if spread and name == "recompute":
-        run = functools.partial(recompute.attend, axis=CONTEXT)
-    if max_heads is None or max_heads >= q_BLNH.shape[2]:
+    if spread and name != "plain":
+        run = functools.partial(run, axis=CONTEXT)
+    # A kernel holds a block of one head, however many there are.
+    if name in FUSED or max_heads is None or max_heads >= q_BLNH.shape[2]:
         return run(q_BLNH, k_BKNH, v_BKNH, visibility, dropout)
     return _by_heads(run, q_BLNH, k_BKNH, v_BKNH, visibility, dropout, max_heads)
 

@@ -1,0 +1,398 @@
+"""Attention on TPUs: one Pallas kernel for the forward pass, one for the backward pass.
+
+Neither writes scores to memory. Both hold them as (keys, queries), so that the statistics of a
+query are rows along the lanes. The backward kernel keeps dq of all queries of a head in VMEM while
+the keys pass by, so that it computes the scores once and makes five matmuls of a block, where
+separate kernels for dq and for dk and dv need seven. That is possible because Perceiver AR has few
+queries; `MAX_QUERIES` is the limit. Away from TPUs the kernels are interpreted: exact, and slow.
+
+Source: FlashAttention (arXiv 2205.14135), algorithms 1 and 4.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from perceiver_ar_jax.model.attention.fused import fused
+from perceiver_ar_jax.model.attention.visibility import LEAST_SUM, MASK_VALUE, Visibility
+from perceiver_ar_jax.parallel import platform_in_use
+
+MAX_QUERIES = 4096  # dq of so many queries fits into VMEM beside the blocks
+LANES = 128
+HIDDEN_KEY = -(2**31)  # the segment of keys that no query sees
+
+# Matmuls of (keys, H) and (queries, H) to (keys, queries), and of (keys, ·) and (keys, ·).
+BY_CHANNEL = (((1,), (1,)), ((), ()))
+BY_KEY = (((0,), (0,)), ((), ()))
+
+
+class Blocks(NamedTuple):
+    """How many queries and keys a kernel takes at a time, both multiples of 128."""
+
+    queries: int
+    keys: int
+
+
+# The largest blocks of each pass; an array that is shorter is one block. A (keys, queries) tile of
+# float32 scores takes 4 bytes per pair, of which the backward pass holds about four.
+FORWARD_BLOCKS = Blocks(512, 1024)
+BACKWARD_BLOCKS = Blocks(512, 512)
+
+
+def forward(
+    q_BLNH: jax.Array, k_BKNH: jax.Array, v_BKNH: jax.Array, visibility: Visibility
+) -> tuple[jax.Array, jax.Array]:
+    """Output (B, L, N, H) and log-sum-exp (B, N, L), on one device."""
+    call = _Call.of(q_BLNH, k_BKNH, visibility, FORWARD_BLOCKS)
+    arrays = call.queries_and_keys(q_BLNH, k_BKNH, v_BKNH) + call.ids(visibility)
+    # Keys are the innermost loop: the sums over them stay in VMEM.
+    specs = _Specs(call, query_axis=2, key_axis=3)
+    shape_BN = call.batch, call.heads
+    out_BNLH, lse_BN1L = pl.pallas_call(
+        functools.partial(_forward_kernel, call=call),
+        name="attention_forward",
+        grid=(*shape_BN, call.query_blocks, call.key_blocks),
+        in_specs=[specs.queries, specs.keys, specs.keys, *specs.ids],
+        out_specs=[specs.queries, specs.statistics],
+        out_shape=[
+            jax.ShapeDtypeStruct((*shape_BN, call.padded_queries, call.width), q_BLNH.dtype),
+            jax.ShapeDtypeStruct((*shape_BN, 1, call.padded_queries), jnp.float32),
+        ],
+        scratch_shapes=[
+            pltpu.VMEM((1, call.blocks.queries), jnp.float32),
+            pltpu.VMEM((1, call.blocks.queries), jnp.float32),
+            pltpu.VMEM((call.width, call.blocks.queries), jnp.float32),
+        ],
+        compiler_params=_compiler_params("parallel", "arbitrary"),
+        cost_estimate=call.cost(
+            matmuls=2, query_arrays=2, key_arrays=2 * call.query_blocks, dtype=q_BLNH.dtype
+        ),
+        interpret=call.interpret,
+    )(*arrays)
+    return call.unpadded(out_BNLH, q_BLNH), lse_BN1L[:, :, 0, : call.num_queries]
+
+
+def backward(
+    q_BLNH: jax.Array,
+    k_BKNH: jax.Array,
+    v_BKNH: jax.Array,
+    visibility: Visibility,
+    out_BLNH: jax.Array,
+    lse_BNL: jax.Array,
+    dout_BLNH: jax.Array,
+    dlse_BNL: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of queries, keys and values, on one device."""
+    call = _Call.of(q_BLNH, k_BKNH, visibility, BACKWARD_BLOCKS)
+    # What the softmax subtracts from the gradient of each score of a query.
+    sums_BLN = (dout_BLNH.astype(jnp.float32) * out_BLNH.astype(jnp.float32)).sum(-1)
+    sums_BNL = jnp.swapaxes(sums_BLN, 1, 2) - dlse_BNL
+    arrays = call.queries_and_keys(q_BLNH, k_BKNH, v_BKNH)
+    arrays += [call.padded_query_rows(dout_BLNH)]
+    arrays += [call.padded_statistics(x_BNL) for x_BNL in (lse_BNL, sums_BNL)]
+    arrays += call.ids(visibility)
+    specs = _Specs(call, query_axis=3, key_axis=2)
+    shape_BN = call.batch, call.heads
+    f32 = functools.partial(pltpu.VMEM, dtype=jnp.float32)
+    keys_HK = call.blocks.keys, call.width
+    dq_BNLH, dk_BNKH, dv_BNKH = pl.pallas_call(
+        functools.partial(_backward_kernel, call=call),
+        name="attention_backward",
+        grid=(*shape_BN, call.key_blocks, call.query_blocks),
+        in_specs=[
+            specs.queries,
+            specs.keys,
+            specs.keys,
+            specs.queries,
+            specs.statistics,
+            specs.statistics,
+            *specs.ids,
+        ],
+        out_specs=[specs.all_queries, specs.keys, specs.keys],
+        out_shape=[
+            jax.ShapeDtypeStruct((*shape_BN, call.padded_queries, call.width), q_BLNH.dtype),
+            jax.ShapeDtypeStruct((*shape_BN, call.padded_keys, call.width), k_BKNH.dtype),
+            jax.ShapeDtypeStruct((*shape_BN, call.padded_keys, call.width), v_BKNH.dtype),
+        ],
+        scratch_shapes=[
+            f32((call.query_blocks, call.width, call.blocks.queries)),
+            f32(keys_HK),
+            f32(keys_HK),
+        ],
+        compiler_params=_compiler_params("arbitrary", "arbitrary"),
+        cost_estimate=call.cost(
+            matmuls=5,
+            query_arrays=1 + 2 * (call.key_blocks if call.query_blocks > 1 else 1),
+            key_arrays=4,
+            dtype=q_BLNH.dtype,
+        ),
+        interpret=call.interpret,
+    )(*arrays)
+    return (
+        call.unpadded(dq_BNLH, q_BLNH),
+        call.unpadded(dk_BNKH, k_BKNH),
+        call.unpadded(dv_BNKH, v_BKNH),
+    )
+
+
+attend = fused(forward, backward)
+
+
+def _forward_kernel(q_ref, k_ref, v_ref, *refs, call):
+    *ids, out_ref, lse_ref, max_ref, sum_ref, out_HL_ref = refs
+    query_block, key_block = pl.program_id(2), pl.program_id(3)
+
+    @pl.when(key_block == 0)
+    def _():
+        # As `largest_visible`: a query that sees no key has exponentials of 0.
+        max_ref[...] = jnp.full_like(max_ref, MASK_VALUE / 2)
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+        out_HL_ref[...] = jnp.zeros_like(out_HL_ref)
+
+    @pl.when(call.sees(query_block, key_block))
+    def _():
+        scores_KL = call.scores(q_ref, k_ref, ids, query_block, key_block)
+        max_1L = jnp.maximum(max_ref[...], scores_KL.max(axis=0, keepdims=True))
+        shrink_1L = jnp.exp(max_ref[...] - max_1L)
+        exp_KL = jnp.exp(scores_KL - max_1L)
+        max_ref[...] = max_1L
+        sum_ref[...] = shrink_1L * sum_ref[...] + exp_KL.sum(axis=0, keepdims=True)
+        v_KH = v_ref[...]
+        out_HL_ref[...] = shrink_1L * out_HL_ref[...] + _dot(v_KH, exp_KL.astype(v_KH.dtype), BY_KEY)
+
+    @pl.when(key_block == call.key_blocks - 1)
+    def _():
+        sum_1L = jnp.maximum(sum_ref[...], LEAST_SUM)
+        out_ref[...] = (out_HL_ref[...] / sum_1L).T.astype(out_ref.dtype)
+        lse_ref[...] = max_ref[...] + jnp.log(sum_1L)
+
+
+def _backward_kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, sums_ref, *refs, call):
+    *ids, dq_ref, dk_ref, dv_ref, dq_XHL_ref, dk_KH_ref, dv_KH_ref = refs
+    key_block, query_block = pl.program_id(2), pl.program_id(3)
+
+    @pl.when(query_block == 0)
+    def _():
+        dk_KH_ref[...] = jnp.zeros_like(dk_KH_ref)
+        dv_KH_ref[...] = jnp.zeros_like(dv_KH_ref)
+
+    @pl.when(key_block == 0)
+    def _():
+        dq_XHL_ref[query_block] = jnp.zeros(dq_XHL_ref.shape[1:], jnp.float32)
+
+    @pl.when(call.sees(query_block, key_block))
+    def _():
+        scores_KL = call.scores(q_ref, k_ref, ids, query_block, key_block)
+        weights_KL = jnp.exp(scores_KL - lse_ref[...])
+        dout_LH = dout_ref[...]
+        dv_KH_ref[...] += jnp.dot(
+            weights_KL.astype(dout_LH.dtype), dout_LH, preferred_element_type=jnp.float32
+        )
+        dweights_KL = _dot(v_ref[...], dout_LH, BY_CHANNEL)
+        q_LH, k_KH = q_ref[...], k_ref[...]
+        dscores_KL = (weights_KL * (dweights_KL - sums_ref[...])).astype(q_LH.dtype)
+        dk_KH_ref[...] += jnp.dot(dscores_KL, q_LH, preferred_element_type=jnp.float32)
+        dq_XHL_ref[query_block] += _dot(k_KH, dscores_KL, BY_KEY)
+
+    @pl.when(query_block == call.query_blocks - 1)
+    def _():
+        dk_ref[...] = dk_KH_ref[...].astype(dk_ref.dtype)
+        dv_ref[...] = dv_KH_ref[...].astype(dv_ref.dtype)
+
+    @pl.when(key_block == call.key_blocks - 1)
+    def _():
+        size = call.blocks.queries
+        rows = pl.ds(pl.multiple_of(query_block * size, size), size)
+        dq_ref[rows, :] = dq_XHL_ref[query_block].T.astype(dq_ref.dtype)
+
+
+class _Call(NamedTuple):
+    """The sizes of one call, and how arrays are laid out for it: heads before positions, padded."""
+
+    batch: int
+    heads: int
+    num_queries: int
+    num_keys: int
+    head_width: int
+    blocks: Blocks
+    causal: bool
+    has_hidden_keys: bool
+    has_segments: bool
+    interpret: bool
+
+    @classmethod
+    def of(cls, q_BLNH, k_BKNH, visibility, largest):
+        batch, num_queries, heads, head_width = q_BLNH.shape
+        num_keys = k_BKNH.shape[1]
+        blocks = Blocks(_block(num_queries, largest.queries), _block(num_keys, largest.keys))
+        return cls(
+            batch,
+            heads,
+            num_queries,
+            num_keys,
+            head_width,
+            blocks,
+            visibility.causal,
+            # The causal mask hides the keys that pad the last block.
+            visibility.pad_mask_BK is not None
+            or (num_keys % blocks.keys > 0 and not visibility.causal),
+            visibility.segment_ids_BK is not None,
+            platform_in_use() != "tpu",
+        )
+
+    @property
+    def width(self):
+        return _round_up(self.head_width, LANES)
+
+    @property
+    def padded_queries(self):
+        return _round_up(self.num_queries, self.blocks.queries)
+
+    @property
+    def padded_keys(self):
+        return _round_up(self.num_keys, self.blocks.keys)
+
+    @property
+    def query_blocks(self):
+        return self.padded_queries // self.blocks.queries
+
+    @property
+    def key_blocks(self):
+        return self.padded_keys // self.blocks.keys
+
+    def queries_and_keys(self, q_BLNH, k_BKNH, v_BKNH):
+        k_BNKH, v_BNKH = (self._padded(x_BKNH, self.padded_keys) for x_BKNH in (k_BKNH, v_BKNH))
+        return [self.padded_query_rows(q_BLNH), k_BNKH, v_BNKH]
+
+    def padded_query_rows(self, x_BLNH):
+        return self._padded(x_BLNH, self.padded_queries)
+
+    def padded_statistics(self, x_BNL):
+        rows = self.padded_queries - self.num_queries
+        return jnp.pad(x_BNL, ((0, 0), (0, 0), (0, rows)))[:, :, None]
+
+    def unpadded(self, x_BNLH, like_BLNH):
+        _, num_rows, _, width = like_BLNH.shape
+        return jnp.swapaxes(x_BNLH[:, :, :num_rows, :width], 1, 2)
+
+    def _padded(self, x_BLNH, num_rows):
+        rows, channels = num_rows - x_BLNH.shape[1], self.width - self.head_width
+        return jnp.pad(jnp.swapaxes(x_BLNH, 1, 2), ((0, 0), (0, 0), (0, rows), (0, channels)))
+
+    def ids(self, visibility):
+        """Segments of keys and of queries, (B, 1, ·), as far as something is hidden by them."""
+        if not (self.has_hidden_keys or self.has_segments):
+            return []
+        ids_BK, pad_mask_BK = visibility.segment_ids_BK, visibility.pad_mask_BK
+        if ids_BK is None:
+            ids_BK = jnp.zeros((self.batch, self.num_keys), jnp.int32)
+        if pad_mask_BK is not None:
+            ids_BK = jnp.where(pad_mask_BK, HIDDEN_KEY, ids_BK)
+        rows = self.padded_keys - self.num_keys
+        ids_BK = jnp.pad(ids_BK, ((0, 0), (0, rows)), constant_values=HIDDEN_KEY)
+        if not self.has_segments:
+            return [ids_BK[:, None]]
+        rows = self.padded_queries - self.num_queries
+        return [ids_BK[:, None], jnp.pad(visibility.segment_ids_BL, ((0, 0), (0, rows)))[:, None]]
+
+    def sees(self, query_block, key_block):
+        """Whether any query of a block sees any key of another, as far as causality says."""
+        if not self.causal:
+            return True
+        return (query_block + 1) * self.blocks.queries > key_block * self.blocks.keys
+
+    def scores(self, q_ref, k_ref, ids, query_block, key_block):
+        """Scores of a block, MASK_VALUE at keys that are hidden."""
+        scores_KL = _dot(k_ref[...], q_ref[...], BY_CHANNEL)
+        visible_KL = None
+        if self.causal:
+            first_query, first_key = query_block * self.blocks.queries, key_block * self.blocks.keys
+            query_KL = first_query + jax.lax.broadcasted_iota(jnp.int32, scores_KL.shape, 1)
+            key_KL = first_key + jax.lax.broadcasted_iota(jnp.int32, scores_KL.shape, 0)
+            visible_KL = key_KL <= query_KL
+        if ids:
+            key_ids_K1 = jnp.expand_dims(ids[0][0], -1)
+            same_KL = (
+                key_ids_K1 == ids[1][...] if self.has_segments else key_ids_K1 != HIDDEN_KEY
+            )
+            visible_KL = same_KL if visible_KL is None else visible_KL & same_KL
+        return scores_KL if visible_KL is None else jnp.where(visible_KL, scores_KL, MASK_VALUE)
+
+    def cost(self, *, matmuls, query_arrays, key_arrays, dtype):
+        """What the compiler's scheduler and tools/compile_ahead.py know of a call's time.
+
+        Args:
+          matmuls: over all pairs of queries and keys.
+          query_arrays: how many times arrays of (queries, H) travel between HBM and VMEM.
+          key_arrays: the same of (keys, H).
+          dtype: of these arrays.
+        """
+        seen = sum(
+            bool(self.sees(query_block, key_block))
+            for query_block in range(self.query_blocks)
+            for key_block in range(self.key_blocks)
+        )
+        heads = self.batch * self.heads
+        pairs = heads * seen * math.prod(self.blocks)
+        rows = heads * (query_arrays * self.padded_queries + key_arrays * self.padded_keys)
+        return pl.CostEstimate(
+            flops=2 * matmuls * pairs * self.width,
+            transcendentals=pairs,
+            bytes_accessed=rows * self.width * jnp.dtype(dtype).itemsize,
+        )
+
+
+class _Specs:
+    """Blocks of the arrays of a call whose grid is (B, N, ·, ·)."""
+
+    def __init__(self, call, *, query_axis, key_axis):
+        size, width = call.blocks, call.width
+        queries = lambda *grid: (grid[0], grid[1], grid[query_axis], 0)
+        keys = lambda *grid: (grid[0], grid[1], grid[key_axis], 0)
+        self.queries = pl.BlockSpec((None, None, size.queries, width), queries)
+        self.keys = pl.BlockSpec((None, None, size.keys, width), keys)
+        self.all_queries = pl.BlockSpec(
+            (None, None, call.padded_queries, width), lambda b, n, *_: (b, n, 0, 0)
+        )
+        self.statistics = pl.BlockSpec(
+            (None, None, 1, size.queries), lambda *grid: (grid[0], grid[1], 0, grid[query_axis])
+        )
+        self.ids = []
+        if call.has_hidden_keys or call.has_segments:
+            self.ids.append(
+                pl.BlockSpec((None, 1, size.keys), lambda *grid: (grid[0], 0, grid[key_axis]))
+            )
+        if call.has_segments:
+            self.ids.append(
+                pl.BlockSpec((None, 1, size.queries), lambda *grid: (grid[0], 0, grid[query_axis]))
+            )
+
+
+def _block(length, largest):
+    """The size of the blocks of a length: few of them, and little padding.
+
+    A turn of a kernel's grid costs about as much as 128 rows of a block.
+    """
+
+    def cost(size):
+        padded = _round_up(length, size)
+        return padded + LANES * (padded // size), padded
+
+    return min(range(LANES, min(largest, _round_up(length, LANES)) + 1, LANES), key=cost)
+
+
+def _round_up(length, multiple):
+    return -(-length // multiple) * multiple
+
+
+def _dot(a, b, dimensions):
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+
+
+def _compiler_params(*inner):
+    return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", *inner))
