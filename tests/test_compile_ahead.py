@@ -17,7 +17,7 @@ from compiled_step import (
     compile_step,
     topology_devices,
 )
-from xla_dump import Collective, Program
+from xla_dump import Collective, Kernel, Program
 
 from perceiver_ar_jax import PerceiverAR, PerceiverARConfig
 from perceiver_ar_jax.model import init_params
@@ -154,6 +154,9 @@ DUMP = """HloModule step
   %gathered = bf16[4,8]{1,0} all-gather(%x), dimensions={0}
   %f = f32[8]{0} fusion(%gathered), calls=%inside, metadata={op_name="jit(f)/layer/mlp/up"}, \
 backend_config={"window_config":{"estimated_cycles":"100"}}
+  %kernel.3 = f32[8]{0} custom-call(%f), custom_call_target="tpu_custom_call", \
+metadata={op_name="jit(f)/layer/shard_map/attention_forward/pallas_call"}, \
+backend_config={"custom_call_config":{"cost_estimate":{"flops":"50","bytes_accessed":"8"}}}
   %still_going_on = f32[8]{0} fusion(%f), calls=%inside
   %scattered = f32[2]{0} fusion(%f), calls=%all-reduce-scatter
 }
@@ -185,6 +188,14 @@ def test_a_dump_is_read_with_loops_multiplied_out():
         Collective("reduce-scatter", "f32", 19, 19 * 8),
         Collective("all-reduce", "bf16", 1, 4),
     ]
+    assert program.kernels() == [Kernel("attention_forward", 19, 19 * 50, 19 * 8)]
+
+
+def test_a_kernel_takes_the_longer_of_its_flops_and_its_bytes():
+    v5e = chip_of("TPU v5 lite")
+    seconds = lambda flops, size: Kernel("attention", 1, flops, size).seconds(v5e)
+    assert seconds(v5e.peak_flops, 8) == 1
+    assert seconds(8, v5e.memory_bandwidth) == 1
 
 
 def test_the_formula_of_flops_is_that_of_xla_for_an_unrolled_model():

@@ -195,10 +195,28 @@ def test_gradients_under_dropout_are_those_of_the_weights_that_were_kept():
         assert_close(ours, expected, atol=2e-6)
 
 
+def chosen(platform="cpu", num_queries=4, has_dropout=False, spread=False, **fields):
+    return implementation_for(
+        small_config(**fields),
+        num_queries=num_queries,
+        platform=platform,
+        has_dropout=has_dropout,
+        spread_over_context=spread,
+    )
+
+
 def test_auto_recomputes_where_remat_does_and_a_named_implementation_is_taken():
-    choose = lambda **fields: implementation_for(small_config(**fields), spread_over_context=False)
-    assert choose() == "plain"
-    assert choose(remat="names") == "recompute"
-    assert choose(attention="recompute") == "recompute"
-    assert choose(attention="plain", remat="full") == "plain"
-    assert implementation_for(small_config(), spread_over_context=True) == "recompute"
+    assert chosen() == "plain"
+    assert chosen(remat="names") == "recompute"
+    assert chosen(attention="recompute") == "recompute"
+    assert chosen(attention="plain", remat="full") == "plain"
+    assert chosen(spread=True) == "recompute"
+
+
+def test_auto_takes_the_kernel_on_a_tpu_where_it_can():
+    assert chosen("tpu") == "pallas"
+    assert chosen("tpu", attention="plain") == "plain"
+    assert chosen("tpu", has_dropout=True) == "recompute"
+    assert chosen(attention="pallas", has_dropout=True) == "recompute"
+    assert chosen("tpu", num_queries=4096) == "pallas"
+    assert chosen("tpu", num_queries=4097) == "recompute"

@@ -44,7 +44,11 @@ flags.mark_flags_as_required(["config", "topology"])
 
 LEFT_OUT = (
     "The ceiling is by the compiler's own cycles, never measured on hardware; it leaves out "
-    "collectives (as if all were hidden behind computation) and Pallas kernels."
+    "collectives (as if all were hidden behind computation)."
+)
+ROOFLINE = (
+    "An assumption: the compiler makes no estimate for kernels. Each is taken to run at the peak "
+    "of FLOPs or of memory bandwidth, whichever takes longer; real kernels reach a part of it."
 )
 
 
@@ -113,15 +117,30 @@ def as_text(step: CompiledStep) -> str:
         lines += [
             f"compiler's cycles: {step.cycles * to_ms:.1f} ms at {chip.clock_hz / 1e9} GHz",
             *(f"  {part:22s}{n * to_ms:8.1f} ms" for part, n in step.cycles_by_part.items()),
+            *_kernel_lines(step),
             f"ceiling of model FLOPs utilisation: {step.mfu_ceiling:.2f}",
             LEFT_OUT,
         ]
     return "\n".join(lines)
 
 
+def _kernel_lines(step):
+    if not step.kernels:
+        return []
+    return [
+        f"kernels, by roofline: {step.kernel_seconds * 1e3:.1f} ms more",
+        *(
+            f"  {kernel.name:22s}{kernel.seconds(step.chip) * 1e3:8.1f} ms, {kernel.executions} "
+            f"times, {kernel.flops:.2e} FLOPs, {kernel.bytes_accessed / 2**30:.2f} GiB in all"
+            for kernel in step.kernels
+        ),
+        ROOFLINE,
+    ]
+
+
 def as_json(step: CompiledStep) -> dict:
     """The same for a program."""
-    derived = ("memory_bytes", "free_share", "cycles", "mfu_ceiling")
+    derived = ("memory_bytes", "free_share", "cycles", "kernel_seconds", "mfu_ceiling")
     return dataclasses.asdict(step) | {name: getattr(step, name) for name in derived}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 from jax.experimental import topologies
-from xla_dump import Collective, Program
+from xla_dump import Collective, Kernel, Program
 
 from perceiver_ar_jax.lowering import lower_train_step
 from perceiver_ar_jax.model.flops import training_flops
@@ -44,6 +44,7 @@ class CompiledStep:
     program_bytes: int
     cycles_by_part: dict[str, int]
     collectives: list[Collective]
+    kernels: list[Kernel]
 
     @property
     def memory_bytes(self) -> int:
@@ -61,11 +62,16 @@ class CompiledStep:
         return sum(self.cycles_by_part.values())
 
     @property
+    def kernel_seconds(self) -> float:
+        """Of all Pallas kernels, if each ran at the limit of the chip's FLOPs or memory."""
+        return sum(kernel.seconds(self.chip) for kernel in self.kernels)
+
+    @property
     def mfu_ceiling(self) -> float | None:
-        """Model FLOPs utilisation if collectives and Pallas kernels took no time."""
+        """Model FLOPs utilisation if collectives took no time, and kernels `kernel_seconds`."""
         if not self.cycles or not self.chip.clock_hz:
             return None
-        seconds = self.cycles / self.chip.clock_hz
+        seconds = self.cycles / self.chip.clock_hz + self.kernel_seconds
         return self.model_flops / self.num_devices / self.chip.peak_flops / seconds
 
 
@@ -128,4 +134,5 @@ def compile_step(
         program_bytes=memory.generated_code_size_in_bytes,
         cycles_by_part=program.cycles_by_part(),
         collectives=program.collectives(),
+        kernels=program.kernels(),
     )

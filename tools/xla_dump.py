@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from perceiver_ar_jax.parallel.chips import Chip
+
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "f32": 4, "s32": 4, "u32": 4}
 
@@ -37,6 +39,20 @@ class Collective:
     def __str__(self):
         size = f"{self.total_bytes / 2**20:,.1f} MiB"
         return f"{self.kind} {self.dtype}: {self.executions} times, {size} in all"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One kind of hand-written kernel over a whole step: what it says of itself, on one device."""
+
+    name: str
+    executions: int
+    flops: int  # of all executions together
+    bytes_accessed: int
+
+    def seconds(self, chip: Chip) -> float:
+        """The roofline, a lower bound: the compiler makes no estimate of a kernel's time."""
+        return max(self.flops / chip.peak_flops, self.bytes_accessed / chip.memory_bandwidth)
 
 
 class Program:
@@ -88,6 +104,23 @@ class Program:
                 sizes[kind, dtype] += size * executions
         found = [Collective(*key, times[key], sizes[key]) for key in times]
         return sorted(found, key=lambda collective: -collective.total_bytes)
+
+    def kernels(self) -> list[Kernel]:
+        """Pallas kernels of one step by name, as their `pl.CostEstimate` has them."""
+        totals = collections.defaultdict(collections.Counter)
+        for executions, _, _, line in self.instructions():
+            if "tpu_custom_call" not in line:
+                continue
+            name = re.search(r"([\w\-]+)/pallas_call", line)
+            total = totals[name[1] if name else "kernel"]
+            total["executions"] += executions
+            for cost in ("flops", "bytes_accessed"):
+                said = re.search(rf'"{cost}":"(\d+)"', line)
+                total[cost] += executions * int(said[1] if said else 0)
+        return [
+            Kernel(name, total["executions"], total["flops"], total["bytes_accessed"])
+            for name, total in totals.items()
+        ]
 
     def _walk(self, name, executions, channels):
         for opcode, shape, line in self._computations[name]:

@@ -11,15 +11,16 @@ class Chip:
     device_kind: str  # what `jax.Device.device_kind` says
     peak_flops: float  # bfloat16, dense, per second. Source: the makers' data sheets
     memory_bytes: int  # what programs may use
+    memory_bandwidth: float  # of HBM, bytes per second. Source: the makers' data sheets
     clock_hz: float | None  # of the TPU's matrix units: turns the compiler's cycles into seconds
 
 
 CHIPS = (
-    Chip("v4", "TPU v4", 275e12, int(30.75 * 2**30), 1.05e9),
-    Chip("v5e", "TPU v5 lite", 197e12, int(15.75 * 2**30), 1.5e9),
-    Chip("v5p", "TPU v5", 459e12, int(95.74 * 2**30), 1.75e9),
-    Chip("v6e", "TPU v6 lite", 918e12, int(31.25 * 2**30), 1.75e9),
-    Chip("h100", "NVIDIA H100 80GB HBM3", 989e12, 84929347584, None),
+    Chip("v4", "TPU v4", 275e12, int(30.75 * 2**30), 1228e9, 1.05e9),
+    Chip("v5e", "TPU v5 lite", 197e12, int(15.75 * 2**30), 819e9, 1.5e9),
+    Chip("v5p", "TPU v5", 459e12, int(95.74 * 2**30), 2765e9, 1.75e9),
+    Chip("v6e", "TPU v6 lite", 918e12, int(31.25 * 2**30), 1640e9, 1.75e9),
+    Chip("h100", "NVIDIA H100 80GB HBM3", 989e12, 84929347584, 3350e9, None),
 )
 
 

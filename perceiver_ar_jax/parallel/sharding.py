@@ -152,9 +152,7 @@ def on_own_parts(
     own = set(mesh.axis_names) - set(mesh.manual_axes)
     if not own:
         return function
-    cut = {
-        name: _fitting(LOGICAL_RULES[name], size, mesh) or None for name, size in sizes.items()
-    }
+    cut = {name: _fitting(LOGICAL_RULES[name], size, mesh) or None for name, size in sizes.items()}
 
     def specs(axes):
         to_spec = lambda names: PartitionSpec(*map(cut.get, names))
@@ -170,7 +168,7 @@ def on_own_parts(
 
 
 def platform_in_use() -> str:
-    """`tpu`, `gpu` or `cpu`: of the mesh in use, whose devices need not exist, or of this process."""
+    """`tpu`, `gpu` or `cpu`: of the mesh in use, otherwise of this process."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 

@@ -14,7 +14,7 @@ IMPLEMENTATIONS = {
     "recompute": recompute.attend,
     "pallas": pallas.attend,
 }
-FUSED = {"pallas": pallas.MAX_QUERIES}  # kernels, with the longest queries they take
+FUSED = {"pallas": pallas.takes}  # kernels, each with how many queries of which width it takes
 ON_PLATFORM = {"tpu": "pallas"}  # what "auto" takes where a kernel is made for the platform
 
 
@@ -30,14 +30,14 @@ def implementation_for(
 
     The kernel for the platform, if there is one. Otherwise `recompute` where the backward pass is
     to compute activations again anyway (`remat`), and where the keys are spread over devices, which
-    `plain` would gather; otherwise `plain`. In place of a kernel, named or not, `recompute` drops
-    attention weights and takes more queries than the kernel can.
+    `plain` would gather; otherwise `plain`. Where a kernel, named or not, cannot do it (dropout of
+    attention weights, too many queries), `recompute` takes its place.
     """
     name = config.attention
     if name == "auto":
         recomputes = spread_over_context or config.remat != "none"
         name = ON_PLATFORM.get(platform, "recompute" if recomputes else "plain")
-    if name in FUSED and (has_dropout or num_queries > FUSED[name]):
+    if name in FUSED and (has_dropout or not FUSED[name](num_queries, config.head_dim)):
         return "recompute"
     return name
 

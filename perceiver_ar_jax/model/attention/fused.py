@@ -20,7 +20,8 @@ def fused(forward: Callable, backward: Callable) -> Callable:
     Each device runs them on its own rows, heads and, with a mesh axis, keys.
 
     Args:
-      forward: (q_BLNH, k_BKNH, v_BKNH, visibility) to output (B, L, N, H) and log-sum-exp (B, N, L).
+      forward: q_BLNH, k_BKNH, v_BKNH and visibility to output (B, L, N, H) and log-sum-exp
+        (B, N, L).
       backward: those four, output, log-sum-exp and the gradients of both to (dq, dk, dv).
     """
 
@@ -79,7 +80,9 @@ def _on_own_parts(run, arguments, axis, *, out_axes):
     if axis is not None:
         sizes["keys"] = k_BKNH.shape[1]
     of_visibility = visibility.replace(
-        pad_mask_BK=("batch", "keys"), segment_ids_BL=("batch", None), segment_ids_BK=("batch", "keys")
+        pad_mask_BK=("batch", "keys"),
+        segment_ids_BL=("batch", None),
+        segment_ids_BK=("batch", "keys"),
     )
     in_axes = (OF_QUERIES, OF_KEYS, OF_KEYS, of_visibility, *(OF_QUERIES, OF_STATISTICS) * 2)
     in_axes = in_axes[: len(arguments)]

@@ -22,7 +22,6 @@ from perceiver_ar_jax.model.attention.fused import fused
 from perceiver_ar_jax.model.attention.visibility import LEAST_SUM, MASK_VALUE, Visibility
 from perceiver_ar_jax.parallel import platform_in_use
 
-MAX_QUERIES = 4096  # dq of so many queries fits into VMEM beside the blocks
 LANES = 128
 HIDDEN_KEY = -(2**31)  # the segment of keys that no query sees
 
@@ -42,6 +41,11 @@ class Blocks(NamedTuple):
 # float32 scores takes 4 bytes per pair, of which the backward pass holds about four.
 FORWARD_BLOCKS = Blocks(512, 1024)
 BACKWARD_BLOCKS = Blocks(512, 512)
+
+
+def takes(num_queries: int, head_width: int) -> bool:
+    """Whether dq of one head fits into the VMEM of every chip, beside the blocks."""
+    return _round_up(num_queries, LANES) * _round_up(head_width, LANES) <= 4096 * 128
 
 
 def forward(
@@ -163,7 +167,9 @@ def _forward_kernel(q_ref, k_ref, v_ref, *refs, call):
         max_ref[...] = max_1L
         sum_ref[...] = shrink_1L * sum_ref[...] + exp_KL.sum(axis=0, keepdims=True)
         v_KH = v_ref[...]
-        out_HL_ref[...] = shrink_1L * out_HL_ref[...] + _dot(v_KH, exp_KL.astype(v_KH.dtype), BY_KEY)
+        out_HL_ref[...] = shrink_1L * out_HL_ref[...] + _dot(
+            v_KH, exp_KL.astype(v_KH.dtype), BY_KEY
+        )
 
     @pl.when(key_block == call.key_blocks - 1)
     def _():
@@ -317,9 +323,7 @@ class _Call(NamedTuple):
             visible_KL = key_KL <= query_KL
         if ids:
             key_ids_K1 = jnp.expand_dims(ids[0][0], -1)
-            same_KL = (
-                key_ids_K1 == ids[1][...] if self.has_segments else key_ids_K1 != HIDDEN_KEY
-            )
+            same_KL = key_ids_K1 == ids[1][...] if self.has_segments else key_ids_K1 != HIDDEN_KEY
             visible_KL = same_KL if visible_KL is None else visible_KL & same_KL
         return scores_KL if visible_KL is None else jnp.where(visible_KL, scores_KL, MASK_VALUE)
 
