@@ -21,8 +21,9 @@ from xla_dump import Collective, Kernel, Program
 
 from perceiver_ar_jax import PerceiverAR, PerceiverARConfig
 from perceiver_ar_jax.model import init_params
+from perceiver_ar_jax.model.attention import Visibility, pallas
 from perceiver_ar_jax.model.flops import training_flops
-from perceiver_ar_jax.parallel import MeshConfig
+from perceiver_ar_jax.parallel import MeshConfig, make_mesh, replicated, use_mesh
 from perceiver_ar_jax.parallel.chips import chip_of
 from perceiver_ar_jax.run_config import DataSettings, RunConfig
 
@@ -104,6 +105,23 @@ def test_averages_and_documents_of_a_run_are_compiled_too():
     assert step.argument_bytes < 1.04 * (state + batch)
 
 
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_the_kernels_with_the_most_queries_they_take_fit_into_vmem(topology):
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs `pip install libtpu`")
+    mesh = make_mesh(MeshConfig(data=1), topology_devices(topology)[:1])
+    place = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))
+    x_BLNH, pads_BL = place((1, 4096, 1, 128), "float32"), place((1, 4096), "bool")
+    ids_BL = place((1, 4096), "int32")
+    assert pallas.takes(4096, 128)
+
+    def loss(q, k, v, pads, ids):
+        return pallas.attend(q, k, v, Visibility(pads, ids, ids, causal=True))[0].sum()
+
+    with use_mesh(mesh):
+        lowered = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x_BLNH, x_BLNH, x_BLNH, pads_BL, ids_BL)
+    assert "tpu_custom_call" in lowered.compile().as_text()
+
+
 @pytest.mark.slow
 def test_what_context_devices_exchange_hardly_grows_with_the_prefix():
     def exchanged(prefix_len):
@@ -117,7 +135,7 @@ def test_what_context_devices_exchange_hardly_grows_with_the_prefix():
 
 @pytest.mark.slow
 def test_c4_base_without_remat_is_refused_for_lack_of_memory():
-    config = PerceiverARConfig.clm_base(dtype="bfloat16", scan_layers=True)
+    config = PerceiverARConfig.clm_base(dtype="bfloat16", scan_layers=True, attention="plain")
     with pytest.raises(DoesNotFitError, match="RESOURCE_EXHAUSTED"):
         compiled("v5e:8x16", config, batch_size=2048, data=8, fsdp=16)
 

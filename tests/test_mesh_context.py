@@ -42,6 +42,7 @@ def expected():
         ({"context": 8}, {}),
         ({"data": 2, "tensor": 2, "context": 2}, {"remat": "none"}),
         ({"data": 2, "context": 4}, {"max_heads_parallel": 1}),
+        ({"data": 2, "tensor": 2, "context": 2}, {"attention": "pallas"}),
     ],
     ids=str,
 )

@@ -13,7 +13,7 @@ from quick_compilation import USUAL_OPTIONS
 from small_models import left_pads, random_params, random_tokens, small_config
 
 from perceiver_ar_jax import PerceiverAR
-from perceiver_ar_jax.model.attention.dispatch import IMPLEMENTATIONS
+from perceiver_ar_jax.model.attention.dispatch import FUSED, IMPLEMENTATIONS
 
 PREFIX_LEN = 40_000
 CONFIG = small_config(
@@ -37,7 +37,7 @@ def directions():
     return logits_BLV, float64(random_params(CONFIG, seed=2))
 
 
-@pytest.fixture(scope="module", params=IMPLEMENTATIONS)
+@pytest.fixture(scope="module", params=[name for name in IMPLEMENTATIONS if name not in FUSED])
 def ours(request, tokens, directions):
     """Logits, and gradients of their weighted sum: one optimised program, as in a run."""
     model = PerceiverAR(CONFIG.replace(attention=request.param))
