@@ -1,12 +1,16 @@
-"""How well a model predicts a text: nats per token, bits per byte, perplexity of words, as JSON.
+"""What a model knows, as JSON: how well it predicts a text, or how well it does at tasks.
 
-Example:
+Examples:
   python evaluate.py --model=runs/tiny --text=README.md --stride=16 --output=result.json
   python tools/plot_evaluation.py result.json
+  python evaluate.py --model=runs/tiny --tasks=lambada_openai,piqa --limit=100
 
-Every token is predicted once, with at least max_seq_len - stride tokens before it as far as there
-are. Attention stays inside a document if the model was trained so. The file of --output has the
-loss by place in the document and by how much the model read, too.
+Of a text (--text): nats per token, bits per byte, perplexity of words. Every token is predicted
+once, with at least max_seq_len - stride tokens before it as far as there are. Attention stays
+inside a document if the model was trained so. The file of --output has the loss by place in the
+document and by how much the model read, too.
+
+Tasks (--tasks) are those of lm-evaluation-harness, `pip install perceiver-ar-jax[eval]`.
 
 Exit codes: 0 done, 2 bad input, 4 no intact checkpoint, 130 interrupted.
 """
@@ -14,6 +18,7 @@ Exit codes: 0 done, 2 bad input, 4 no intact checkpoint, 130 interrupted.
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +35,7 @@ def _parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add
     add("--model", "what load_pretrained reads: a workdir, a folder, a hub id", required=True)
-    add(
-        "--text",
-        "a file or glob of UTF-8 text or JSONL, or a TFDS name or directory",
-        required=True,
-    )
+    add("--text", "a file or glob of UTF-8 text or JSONL, or a TFDS name or directory")
     add("--split", "a split of a TFDS dataset, or a slice such as train[:1%%]", default="train")
     add(
         "--stride",
@@ -47,6 +48,10 @@ def _parser() -> Parser:
         "where more are slower)",
         type=int,
     )
+    add("--tasks", "names of tasks or groups of lm-evaluation-harness, separated by commas")
+    add("--task_folder", "a folder with tasks of your own, as YAML")
+    add("--num_fewshot", "examples before each question (default: as the task says)", type=int)
+    add("--limit", "documents of each task (default: all)", type=int)
     add("--output", "a file for the result with its tables, which tools/plot_evaluation.py draws")
     return parser
 
@@ -57,13 +62,15 @@ def _run(arguments: argparse.Namespace) -> int:
     from perceiver_ar_jax import load_pretrained
 
     logging.set_verbosity(logging.WARNING)
+    if bool(arguments.text) == bool(arguments.tasks):
+        raise ValueError("pass either --text or --tasks")
     if arguments.output and not Path(arguments.output).resolve().parent.is_dir():
         raise ValueError(f"--output={arguments.output}: there is no such folder")
     pretrained = load_pretrained(arguments.model)
     if pretrained.tokenizer is None:
         raise ValueError(f"{arguments.model} has no tokenizer")
     result = {"model": arguments.model, "step": pretrained.step}
-    result |= _on_text(pretrained, arguments)
+    result |= (_on_text if arguments.text else _on_tasks)(pretrained, arguments)
     if arguments.output:
         Path(arguments.output).write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({name: x for name, x in result.items() if not isinstance(x, list)}))
@@ -111,6 +118,22 @@ def _on_text(pretrained, arguments) -> dict[str, Any]:
         "words": result.num_words,
         **result.tables,
     }
+
+
+def _on_tasks(pretrained, arguments) -> dict[str, Any]:
+    # The harness imports a package that is called as this file.
+    here = Path(__file__).resolve().parent
+    sys.path = [folder for folder in sys.path if Path(folder).resolve() != here]
+    from perceiver_ar_jax.evaluation import HarnessLM, evaluate_tasks
+
+    results = evaluate_tasks(
+        HarnessLM(pretrained, batch_size=arguments.batch_size),
+        arguments.tasks.split(","),
+        folder=arguments.task_folder,
+        num_fewshot=arguments.num_fewshot,
+        limit=arguments.limit,
+    )
+    return {"tasks": results}
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def continue_texts(
     ):
         ends = (i for i, token in enumerate(tokens) if token in (options.eos_token_id or ()))
         length = next(ends, len(tokens))
-        text = _NewText(tokenizer, prompt)
+        text = NewText(tokenizer, prompt)
         pieces = [text.push(token) for token in tokens[:length]]
         continuations.append(
             Continuation("".join(pieces) + text.flush(), tokens[:length], log_probs[:length])
@@ -91,7 +91,7 @@ def stream_text(
         raise ValueError("stream_text needs num_beams=1 and num_return_sequences=1")
     rows = _encode(tokenizer, [prompt])
     generation = _generation(model, params, rows, num_latents, options)
-    return _pieces(generation, _NewText(tokenizer, rows[0]), options)
+    return _pieces(generation, NewText(tokenizer, rows[0]), options)
 
 
 def _pieces(generation, text, options):
@@ -128,7 +128,7 @@ def _generation(model, params, rows, num_latents, options):
     return Generation(model, params, rows, options, num_latents=num_latents)
 
 
-class _NewText:
+class NewText:
     """The text that new tokens add to that of a prompt."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int]):
@@ -138,9 +138,11 @@ class _NewText:
         self._held = tokenizer.decode(prompt)[len(shown) :]
 
     def push(self, token: int) -> str:
+        """The text that a new token completes, often none."""
         return self._without_prompt(self._stream.push(token))
 
     def flush(self) -> str:
+        """The rest of the text."""
         return self._without_prompt(self._stream.flush())
 
     def _without_prompt(self, text):

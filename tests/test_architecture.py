@@ -33,6 +33,7 @@ LIBRARIES = {  # third parties with one home each
     "tensorflow_datasets": {"data"},
     "sentencepiece": {"tokenizers"},
     "array_record": {"data"},
+    "lm_eval": {"evaluation/harness.py"},
     "orbax": {"training/checkpoint.py"},
     "ml_collections": {"run_config.py", "settings_help.py"},
 }
@@ -116,6 +117,14 @@ print(*sorted({{name.split(".")[0] for name in sys.modules}} & set({LAZY!r})))
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == []
+
+
+def test_lm_eval_is_imported_only_when_the_harness_is_asked_for():
+    code = "import sys; import perceiver_ar_jax.evaluation; print('lm_eval' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "False"
 
 
 def test_every_field_of_the_models_config_is_read_by_something():

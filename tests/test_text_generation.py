@@ -7,7 +7,7 @@ from small_models import random_params, small_config
 
 from perceiver_ar_jax import PerceiverAR, Pretrained, generate
 from perceiver_ar_jax.generation.prompt import default_num_latents
-from perceiver_ar_jax.text_generation import _NewText
+from perceiver_ar_jax.text_generation import NewText
 from perceiver_ar_jax.tokenizers import ByteTokenizer, Tokenizer
 
 CONFIG = small_config(vocab_size=270, max_seq_len=40)
@@ -80,7 +80,7 @@ class Words(Tokenizer):
 def test_text_that_a_later_token_changes_is_neither_lost_nor_repeated(ids):
     tokenizer = Words()
     for split in range(1, len(ids)):
-        text = _NewText(tokenizer, ids[:split])
+        text = NewText(tokenizer, ids[:split])
         new = "".join(map(text.push, ids[split:])) + text.flush()
         assert tokenizer.decode(ids[:split]) + new == tokenizer.decode(ids)
 

@@ -5,7 +5,12 @@ from perceiver_ar_jax.training.optimizer import (
     make_optimizer,
 )
 from perceiver_ar_jax.training.state import Batch, TrainState, state_shardings
-from perceiver_ar_jax.training.step import eval_step, token_log_probs, train_step
+from perceiver_ar_jax.training.step import (
+    eval_step,
+    token_log_probs,
+    token_log_probs_and_ranks,
+    train_step,
+)
 
 __all__ = [
     "Batch",
@@ -17,5 +22,6 @@ __all__ = [
     "make_optimizer",
     "state_shardings",
     "token_log_probs",
+    "token_log_probs_and_ranks",
     "train_step",
 ]

@@ -40,17 +40,40 @@ def token_nats(
     targets_BL: jax.Array,
 ) -> jax.Array:
     """-log p(target) of each token in nats, (B, L) float32; arguments as in `cross_entropy`."""
+    return _over_chunks(_nats, hidden_BLD, embedding_VD, bias_V, targets_BL)
+
+
+def token_nats_and_ranks(
+    hidden_BLD: jax.Array,
+    embedding_VD: jax.Array,
+    bias_V: jax.Array | None,
+    targets_BL: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """`token_nats`, and how many tokens are likelier than each target, (B, L) int32."""
+
+    def nats_and_ranks(logits_BCV, targets_BC):
+        is_likelier_BCV = logits_BCV > _at(logits_BCV, targets_BC)[..., None]
+        return _nats(logits_BCV, targets_BC), is_likelier_BCV.sum(-1)
+
+    return _over_chunks(nats_and_ranks, hidden_BLD, embedding_VD, bias_V, targets_BL)
+
+
+def _nats(logits_BCV, targets_BC):
+    return jax.nn.logsumexp(logits_BCV, axis=-1) - _at(logits_BCV, targets_BC)
+
+
+def _over_chunks(function, hidden_BLD, embedding_VD, bias_V, targets_BL):
+    """A function of logits and targets, (B, L); only one chunk's logits exist at a time."""
     bias_V = _bias(bias_V, embedding_VD)
     embedding_VD = embedding_VD.astype(hidden_BLD.dtype)
 
-    def chunk_nats(_, chunk):
+    def of_chunk(_, chunk):
         hidden_BCD, targets_BC = chunk
-        logits_BCV = _logits(hidden_BCD, embedding_VD, bias_V)
-        return None, jax.nn.logsumexp(logits_BCV, axis=-1) - _at(logits_BCV, targets_BC)
+        return None, function(_logits(hidden_BCD, embedding_VD, bias_V), targets_BC)
 
     chunks = _chunks(embedding_VD.shape[0], hidden_BLD, targets_BL)
-    _, nats = jax.lax.scan(chunk_nats, None, chunks)
-    return jnp.swapaxes(nats, 0, 1).reshape(targets_BL.shape)
+    _, results = jax.lax.scan(of_chunk, None, chunks)
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(targets_BL.shape), results)
 
 
 @jax.custom_vjp

@@ -12,7 +12,7 @@ import optax
 
 from perceiver_ar_jax.model import PerceiverAR
 from perceiver_ar_jax.parallel import on_own_rows
-from perceiver_ar_jax.training.losses import cross_entropy, token_nats
+from perceiver_ar_jax.training.losses import cross_entropy, token_nats, token_nats_and_ranks
 from perceiver_ar_jax.training.state import Batch, TrainState
 
 
@@ -82,6 +82,15 @@ def eval_step(
 def token_log_probs(params: Any, batch: Batch, *, model: PerceiverAR, prefix_len: int) -> jax.Array:
     """Log-probability of the target of each latent, (B, L) float32, in nats; unweighted."""
     return -token_nats(*_head_inputs(params, batch, model=model, prefix_len=prefix_len))
+
+
+def token_log_probs_and_ranks(
+    params: Any, batch: Batch, *, model: PerceiverAR, prefix_len: int
+) -> tuple[jax.Array, jax.Array]:
+    """`token_log_probs`, and how many tokens are likelier than each target, (B, L) int32."""
+    inputs = _head_inputs(params, batch, model=model, prefix_len=prefix_len)
+    nats_BL, ranks_BL = token_nats_and_ranks(*inputs)
+    return -nats_BL, ranks_BL
 
 
 def loss_sum(

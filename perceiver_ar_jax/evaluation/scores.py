@@ -1,0 +1,121 @@
+"""Scores of the last tokens of sequences, in batches of similar length."""
+
+import collections
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from perceiver_ar_jax.data.rows import pad_rows, write_window
+from perceiver_ar_jax.evaluation.batch_size import default_batch_size
+from perceiver_ar_jax.evaluation.progress import tracked
+from perceiver_ar_jax.generation.prompt import bucket_size
+from perceiver_ar_jax.parallel import one_at_a_time
+from perceiver_ar_jax.pretrained import Pretrained
+from perceiver_ar_jax.training import Batch, token_log_probs_and_ranks
+
+
+class Scores(NamedTuple):
+    """Of the scored tokens of a sequence, in order."""
+
+    log_probs: np.ndarray  # (T,) float32, in nats
+    ranks: np.ndarray  # (T,) int32, how many tokens are likelier; 0: greedy decoding chooses it
+
+
+class _Window(NamedTuple):
+    """The part of a sequence that the model reads at once, and what is scored of it."""
+
+    sequence: int
+    begin: int  # of the inputs
+    first: int  # of the scored tokens
+    end: int  # of the scored tokens
+
+    @property
+    def length(self) -> int:
+        return self.end - 1 - self.begin
+
+
+def score_sequences(
+    pretrained: Pretrained,
+    sequences: Sequence[tuple[np.ndarray, int]],
+    *,
+    batch_size: int | None = None,
+    what: str = "batches",
+) -> list[Scores]:
+    """Log-probabilities of the last tokens of each sequence.
+
+    Windows are as in `data.evaluation_batches`: each scores up to max_latents tokens and reads the
+    max_seq_len before its last. Latents are the last max_latents positions, as in training. So
+    what a sequence gets depends neither on the others nor on padding. Shapes are rounded up to a
+    power of two, at most max_seq_len, and all windows of a shape are batches of one size.
+
+    Args:
+      pretrained: the model.
+      sequences: token ids, and how many of the last are scored; the first one cannot be.
+      batch_size: windows of max_seq_len at once; shorter ones are more. None: what fits.
+      what: names the work where progress is shown.
+
+    Raises:
+      ValueError: a sequence has no token before those that are scored.
+    """
+    config = pretrained.config
+    batch_size = default_batch_size(config) if batch_size is None else batch_size
+    by_length = collections.defaultdict(list)
+    scores = []
+    for index, (tokens, count) in enumerate(sequences):
+        if not 0 <= count < max(len(tokens), 1):
+            raise ValueError(f"{count} of {len(tokens)} tokens cannot be scored: the first is read")
+        scores.append(Scores(np.zeros(count, np.float32), np.zeros(count, np.int32)))
+        for window in _windows(index, len(tokens), count, config):
+            by_length[min(bucket_size(window.length), config.max_seq_len)].append(window)
+
+    batches = []  # (length, rows, windows)
+    for length, windows in sorted(by_length.items()):
+        rows = max(1, batch_size * config.max_seq_len // length)
+        rows = min(rows, 1 << (len(windows) - 1).bit_length())
+        batches += [(length, rows, windows[i : i + rows]) for i in range(0, len(windows), rows)]
+
+    def arrays():
+        for length, rows, windows in tracked(batches, len(batches), what):
+            yield length, _batch(pretrained, sequences, length, rows, windows)
+
+    def step(length_and_batch):
+        length, batch = length_and_batch
+        prefix_len = max(0, length - config.max_latents)
+        return _compiled_step(pretrained.model, prefix_len)(pretrained.params, batch)
+
+    for (_, _, windows), results in zip(batches, one_at_a_time(step, arrays()), strict=True):
+        for row, window in enumerate(windows):
+            count = window.end - window.first
+            first = window.first - (
+                len(sequences[window.sequence][0]) - sequences[window.sequence][1]
+            )
+            for whole, result_BL in zip(scores[window.sequence], results, strict=True):
+                whole[first : first + count] = result_BL[row, -count:]
+    return scores
+
+
+def _windows(sequence, length, count, config) -> Iterator[_Window]:
+    for first in range(length - count, length, config.max_latents):
+        end = min(first + config.max_latents, length)
+        yield _Window(sequence, max(0, end - 1 - config.max_seq_len), first, end)
+
+
+def _batch(pretrained, sequences, length, num_rows, windows) -> Batch:
+    respect_documents = pretrained.respect_documents
+    rows = pad_rows(num_rows, length, pad_id=0, with_segment_ids=respect_documents)
+    for row, window in enumerate(windows):
+        stream = np.asarray(sequences[window.sequence][0][window.begin : window.end], np.int32)
+        documents = np.ones(window.length, np.int32)
+        if respect_documents:  # eos closes a document
+            documents[1:] += np.cumsum(stream[:-2] == pretrained.tokenizer.eos_id)
+        write_window(rows, row, stream, documents, num_counted=window.end - window.first)
+    return Batch(**rows)
+
+
+@functools.cache
+def _compiled_step(model: Any, prefix_len: int):
+    step = functools.partial(token_log_probs_and_ranks, model=model, prefix_len=prefix_len)
+    return jax.jit(step)
