@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 REMAT_POLICIES = ("none", "full", "names")
-ATTENTION_IMPLEMENTATIONS = ("auto", "plain", "recompute", "pallas")
+ATTENTION_IMPLEMENTATIONS = ("auto", "plain", "recompute", "pallas", "cudnn")
 DTYPES = ("float32", "bfloat16")
 
 # What a field says of a model. The architecture makes its function, and belongs to its weights; the

@@ -112,7 +112,8 @@ def test_the_kernels_with_the_most_queries_they_take_fit_into_vmem(topology):
     place = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))
     x_BLNH, pads_BL = place((1, 4096, 1, 128), "float32"), place((1, 4096), "bool")
     ids_BL = place((1, 4096), "int32")
-    assert pallas.takes(4096, 128)
+    config = SMALL.replace(num_channels=256)  # heads of 128
+    assert pallas.takes(config, num_queries=4096, has_segments=True)
 
     def loss(q, k, v, pads, ids):
         return pallas.attend(q, k, v, Visibility(pads, ids, ids, causal=True))[0].sum()

@@ -80,7 +80,7 @@ def test_all_problems_come_in_one_message():
         ({"init_scale": float("nan")}, "init_scale must be a finite number of at least 0, not nan"),
         ({"dtype": "float16"}, "dtype must be float32 or bfloat16, not 'float16'"),
         ({"param_dtype": "int32"}, "param_dtype must be float32 or bfloat16, not 'int32'"),
-        ({"attention": "magic"}, "attention must be one of auto, plain, recompute, pallas"),
+        ({"attention": "magic"}, "attention must be one of auto, plain, recompute, pallas, cudnn"),
         (
             {"rotary_inv_freq": (1.0,)},
             "rotary_inv_freq has 1 entries where the head width asks for 2",

@@ -195,12 +195,15 @@ def test_gradients_under_dropout_are_those_of_the_weights_that_were_kept():
         assert_close(ours, expected, atol=2e-6)
 
 
-def chosen(platform="cpu", num_queries=4, has_dropout=False, spread=False, **fields):
+def chosen(
+    platform="cpu", num_queries=4, has_dropout=False, has_segments=False, spread=False, **fields
+):
     return implementation_for(
         small_config(**fields),
         num_queries=num_queries,
         platform=platform,
         has_dropout=has_dropout,
+        has_segments=has_segments,
         spread_over_context=spread,
     )
 
@@ -220,3 +223,12 @@ def test_auto_takes_the_kernel_on_a_tpu_where_it_can():
     assert chosen(attention="pallas", has_dropout=True) == "recompute"
     assert chosen("tpu", num_queries=4096) == "pallas"
     assert chosen("tpu", num_queries=4097) == "recompute"
+
+
+def test_cudnn_is_taken_where_it_is_named_and_has_a_kernel():
+    cudnn = {"attention": "cudnn", "dtype": "bfloat16"}
+    assert chosen("gpu", **cudnn) == "cudnn"
+    assert chosen("gpu") == "plain"
+    assert chosen("gpu", attention="cudnn") == "recompute"  # in float32
+    assert chosen("gpu", has_segments=True, **cudnn) == "recompute"
+    assert chosen("gpu", num_heads=4, **cudnn) == "recompute"  # heads of 4 channels

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from perceiver_ar_jax.config import PerceiverARConfig
-from perceiver_ar_jax.model.attention import pallas, plain, recompute
+from perceiver_ar_jax.model.attention import cudnn, pallas, plain, recompute
 from perceiver_ar_jax.model.attention.dropout import Dropout
 from perceiver_ar_jax.model.attention.visibility import Visibility
 from perceiver_ar_jax.parallel import CONTEXT, has_context, platform_in_use
@@ -13,8 +13,9 @@ IMPLEMENTATIONS = {
     "plain": plain.attend,
     "recompute": recompute.attend,
     "pallas": pallas.attend,
+    "cudnn": cudnn.attend,
 }
-FUSED = {"pallas": pallas.takes}  # kernels, each with how many queries of which width it takes
+FUSED = {"pallas": pallas.takes, "cudnn": cudnn.takes}  # kernels, and what they can do
 ON_PLATFORM = {"tpu": "pallas"}  # what "auto" takes where a kernel is made for the platform
 
 
@@ -24,6 +25,7 @@ def implementation_for(
     num_queries: int,
     platform: str,
     has_dropout: bool = False,
+    has_segments: bool = False,
     spread_over_context: bool = False,
 ) -> str:
     """The implementation that `config.attention` names; where it says "auto", this rule.
@@ -31,15 +33,17 @@ def implementation_for(
     The kernel for the platform, if there is one. Otherwise `recompute` where the backward pass is
     to compute activations again anyway (`remat`), and where the keys are spread over devices, which
     `plain` would gather; otherwise `plain`. Where a kernel, named or not, cannot do it (dropout of
-    attention weights, too many queries), `recompute` takes its place.
+    attention weights; what its `takes` refuses), `recompute` takes its place. "auto" leaves `cudnn`
+    alone, which has never run.
     """
     name = config.attention
     if name == "auto":
         recomputes = spread_over_context or config.remat != "none"
         name = ON_PLATFORM.get(platform, "recompute" if recomputes else "plain")
-    if name in FUSED and (has_dropout or not FUSED[name](num_queries, config.head_dim)):
-        return "recompute"
-    return name
+    if name not in FUSED:
+        return name
+    can = FUSED[name](config, num_queries=num_queries, has_segments=has_segments)
+    return name if can and not has_dropout else "recompute"
 
 
 def attend(
@@ -72,6 +76,7 @@ def attend(
         num_queries=q_BLNH.shape[1],
         platform=platform_in_use(),
         has_dropout=dropout is not None,
+        has_segments=visibility.segment_ids_BK is not None,
         spread_over_context=spread,
     )
     run = IMPLEMENTATIONS[name]

@@ -2,7 +2,9 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 
 from perceiver_ar_jax.model.attention.dropout import Dropout
 from perceiver_ar_jax.model.attention.merge import merge
@@ -22,7 +24,8 @@ def fused(forward: Callable, backward: Callable) -> Callable:
     Args:
       forward: q_BLNH, k_BKNH, v_BKNH and visibility to output (B, L, N, H) and log-sum-exp
         (B, N, L).
-      backward: those four, output, log-sum-exp and the gradients of both to (dq, dk, dv).
+      backward: those four, output, log-sum-exp and the gradients of both to (dq, dk, dv); None
+        stands for the gradient of a log-sum-exp that nothing reads.
     """
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -44,9 +47,14 @@ def fused(forward: Callable, backward: Callable) -> Callable:
           dropout: None; kernels drop no weights.
           axis: the mesh axis over whose devices the keys are spread, K a multiple of their number.
         """
-        return keep(q_BLNH, k_BKNH, v_BKNH, visibility, dropout, axis)[0]
+        return run_forward(q_BLNH, k_BKNH, v_BKNH, visibility, dropout, axis)[0]
 
-    def keep(q_BLNH, k_BKNH, v_BKNH, visibility, dropout, axis):
+    def keep(*primals):
+        is_primal = lambda x: hasattr(x, "perturbed")
+        values = jax.tree.map(lambda x: x.value, primals[:-1], is_leaf=is_primal)
+        return run_forward(*values, primals[-1])
+
+    def run_forward(q_BLNH, k_BKNH, v_BKNH, visibility, dropout, axis):
         if dropout is not None:
             raise ValueError("fused attention has no dropout of weights; use `recompute`")
 
@@ -66,11 +74,16 @@ def fused(forward: Callable, backward: Callable) -> Callable:
             dq_BLNH, dk_BKNH, dv_BKNH = backward(*arguments)
             return dq_BLNH if axis is None else jax.lax.psum(dq_BLNH, axis), dk_BKNH, dv_BKNH
 
-        arguments = (*saved, *gradients)
+        dout_BLNH, dlse_BNL = gradients
+        if isinstance(dout_BLNH, SymbolicZero):
+            dout_BLNH = jnp.zeros(dout_BLNH.shape, dout_BLNH.dtype)
+        if isinstance(dlse_BNL, SymbolicZero):
+            dlse_BNL = None
+        arguments = (*saved, dout_BLNH, dlse_BNL)
         out_axes = OF_QUERIES, OF_KEYS, OF_KEYS
         return *_on_own_parts(run, arguments, axis, out_axes=out_axes), None, None
 
-    attend.defvjp(keep, differentiate)
+    attend.defvjp(keep, differentiate, symbolic_zeros=True)
     return attend
 
 

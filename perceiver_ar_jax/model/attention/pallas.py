@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from perceiver_ar_jax.config import PerceiverARConfig
 from perceiver_ar_jax.model.attention.fused import fused
 from perceiver_ar_jax.model.attention.visibility import LEAST_SUM, MASK_VALUE, Visibility
 from perceiver_ar_jax.parallel import platform_in_use
@@ -43,9 +44,9 @@ FORWARD_BLOCKS = Blocks(512, 1024)
 BACKWARD_BLOCKS = Blocks(512, 512)
 
 
-def takes(num_queries: int, head_width: int) -> bool:
+def takes(config: PerceiverARConfig, *, num_queries: int, has_segments: bool) -> bool:
     """Whether dq of one head fits into the VMEM of every chip, beside the blocks."""
-    return _round_up(num_queries, LANES) * _round_up(head_width, LANES) <= 4096 * 128
+    return _round_up(num_queries, LANES) * _round_up(config.head_dim, LANES) <= 4096 * 128
 
 
 def forward(
@@ -89,13 +90,15 @@ def backward(
     out_BLNH: jax.Array,
     lse_BNL: jax.Array,
     dout_BLNH: jax.Array,
-    dlse_BNL: jax.Array,
+    dlse_BNL: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of queries, keys and values, on one device."""
     call = _Call.of(q_BLNH, k_BKNH, visibility, BACKWARD_BLOCKS)
     # What the softmax subtracts from the gradient of each score of a query.
     sums_BLN = (dout_BLNH.astype(jnp.float32) * out_BLNH.astype(jnp.float32)).sum(-1)
-    sums_BNL = jnp.swapaxes(sums_BLN, 1, 2) - dlse_BNL
+    sums_BNL = jnp.swapaxes(sums_BLN, 1, 2)
+    if dlse_BNL is not None:
+        sums_BNL -= dlse_BNL
     arrays = call.queries_and_keys(q_BLNH, k_BKNH, v_BKNH)
     arrays += [call.padded_query_rows(dout_BLNH)]
     arrays += [call.padded_statistics(x_BNL) for x_BNL in (lse_BNL, sums_BNL)]
