@@ -16,7 +16,7 @@ from perceiver_ar_jax.data import (
 )
 from perceiver_ar_jax.data.sources import open_source
 from perceiver_ar_jax.data.text_documents import TextDocuments
-from perceiver_ar_jax.data.windows import OrderedDocuments, WindowDataset, window_lengths
+from perceiver_ar_jax.data.windows import OrderedBlocks, WindowDataset, window_lengths
 from perceiver_ar_jax.tokenizers import ByteTokenizer
 
 BYTES = ByteTokenizer()
@@ -164,13 +164,14 @@ def test_a_cut_at_the_end_of_a_document_loses_none(tmp_path):
 
 
 def test_grain_restores_the_window_dataset_at_every_state(corpus):
-    source = open_source(str(corpus), "train")
+    documents = TextDocuments(open_source(str(corpus), "train"), BYTES)
     windows = WindowDataset(
-        OrderedDocuments(TextDocuments(source, BYTES), seed=0, shuffle=True, repeat=False),
-        streams=range(3),
-        positions=[(0, 0)] * 3,
+        [OrderedBlocks(documents, num_streams=3, seed=0, shuffle=True, repeat=False)],
+        weights=[1.0],
+        rows=range(3),
+        positions=[(0, 0, 0)] * 3,
         step=0,
-        num_streams=3,
+        num_rows=3,
         min_seq_len=12,
         max_seq_len=24,
         pad_id=0,
@@ -253,7 +254,7 @@ def test_documents_that_became_shorter_end_where_they_end_now(tmp_path):
     loader = make_loader(settings, BYTES)
     take(loader, 3)
     state = loader.get_state()
-    assert min(used for _, used in state["positions"]) > 20
+    assert min(used for *_, used in state["positions"]) > 20
     path.write_text("".join(json.dumps({"text": f"short {i}"}) + "\n" for i in range(8)))
     loader = make_loader(settings, BYTES)
     loader.set_state(state, allow_other_data=True)

@@ -1,6 +1,6 @@
 """What the pipeline reads: documents of tokens, of any modality."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -31,3 +31,54 @@ class DocumentSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> TokenDocument: ...
+
+
+class DocumentBlocks(Protocol):
+    """Documents in blocks that are read at once; pickles.
+
+    A `DocumentSource` that reads consecutive documents faster than single ones has a method
+    `blocks(num_streams)` that returns this, or None where single ones are better for so many
+    streams, and a method `in_order()` that gives all of its documents.
+    """
+
+    fingerprint: Mapping[str, Any]  # what determines the blocks
+    reads_ahead: bool  # whether threads should read them in advance
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Sequence[Any]:
+        """One item for each document of a block; called by several threads."""
+
+    def document(self, item: Any) -> TokenDocument:
+        """The document of an item."""
+
+
+class SingleDocuments:
+    """Blocks of one document each."""
+
+    fingerprint: Mapping[str, Any] = {}  # noqa: RUF012
+    reads_ahead = False
+
+    def __init__(self, source: DocumentSource):
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, index: int) -> Sequence[int]:
+        return [index]
+
+    def document(self, item: int) -> TokenDocument:
+        return self._source[item]
+
+
+def blocks_of(source: DocumentSource, num_streams: int) -> DocumentBlocks:
+    """The blocks that so many streams read."""
+    make = getattr(source, "blocks", None)
+    return (make and make(num_streams)) or SingleDocuments(source)
+
+
+def in_order(source: DocumentSource) -> Iterator[TokenDocument]:
+    """All documents from the first to the last."""
+    make = getattr(source, "in_order", None)
+    return make() if make else map(source.__getitem__, range(len(source)))

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from perceiver_ar_jax.data.config import DataConfig
-from perceiver_ar_jax.data.documents import DocumentSource
+from perceiver_ar_jax.data.documents import DocumentSource, in_order
 from perceiver_ar_jax.data.rows import pad_rows, write_window
 from perceiver_ar_jax.data.text_documents import open_text_documents
 from perceiver_ar_jax.tokenizers import Tokenizer
@@ -98,7 +98,7 @@ class EvaluationBatches:
         length = 1
         self.oddities = dict.fromkeys(documents.oddities, 0)
         self.num_bytes = self.num_words = 0
-        for document in map(documents.__getitem__, range(len(documents))):
+        for document in in_order(documents):
             parts.append(document.tokens)
             length += len(document.tokens)
             self.num_bytes += document.num_bytes

@@ -12,7 +12,7 @@ from perceiver_ar_jax.data.config import DataConfig
 from perceiver_ar_jax.data.documents import DocumentSource
 from perceiver_ar_jax.data.rows import pad_rows
 from perceiver_ar_jax.data.text_documents import open_text_documents
-from perceiver_ar_jax.data.windows import OrderedDocuments, WindowDataset
+from perceiver_ar_jax.data.windows import OrderedBlocks, WindowDataset, oddities_of
 from perceiver_ar_jax.tokenizers import Tokenizer
 
 
@@ -27,12 +27,17 @@ class Loader:
     Attributes:
       fingerprint: what determines the stream of batches: documents, lengths, seed.
       oddities: documents read since the loader was made, counted by what was wrong with them.
+      retries: requests to a bucket that had to be repeated since the loader was made.
+
+    Args:
+      documents: what is read, or several sources as (documents, weight): each window comes from one
+        of them, and the weights are the shares of windows, up to a factor.
     """
 
     def __init__(
         self,
         config: DataConfig,
-        documents: DocumentSource,
+        documents: DocumentSource | Sequence[tuple[DocumentSource, float]],
         *,
         process_index: int,
         process_count: int,
@@ -40,17 +45,27 @@ class Loader:
         if not 0 <= process_index < process_count:
             raise ValueError(f"process {process_index} of {process_count}")
         self._config = config
-        self._pad_id = documents.pad_id
         self._global_batch = config.batch_size * process_count
         self._first_row = config.batch_size * process_index
-        self._documents = OrderedDocuments(
-            documents, seed=config.seed, shuffle=config.shuffle, repeat=config.repeat
-        )
-        self.fingerprint = _fingerprint(config, documents, self._global_batch)
-        self.oddities = dict.fromkeys(documents.oddities, 0)
+        weighted = documents if isinstance(documents, Sequence) else [(documents, 1.0)]
+        sources, self._weights = zip(*weighted, strict=True)
+        self._pad_id = sources[0].pad_id
+        self._sources = [
+            OrderedBlocks(
+                source,
+                num_streams=self._global_batch,
+                seed=config.seed,
+                shuffle=config.shuffle,
+                repeat=config.repeat,
+            )
+            for source in sources
+        ]
+        self.fingerprint = _fingerprint(config, weighted, self._sources, self._global_batch)
+        self.oddities = dict.fromkeys(oddities_of(sources), 0)
+        self.retries = 0
         self._iterator = self._part = None
         self._step = 0
-        self._positions = np.zeros((config.batch_size, 2), np.int64)
+        self._positions = np.zeros((config.batch_size, 3 * len(sources)), np.int64)
 
     def __iter__(self) -> "Loader":
         return self
@@ -98,9 +113,14 @@ class Loader:
                 f"{state['first_row']}, this process needs {self._config.batch_size} from "
                 f"{self._first_row}: merge the states of all processes"
             )
+        positions = np.array(rows, np.int64)
+        if positions.shape != self._positions.shape:
+            raise ValueError(
+                f"the loader's state has {positions.shape[1]} numbers per row, not "
+                f"{self._positions.shape[1]}: other sources, or an older version"
+            )
         self.close()
-        self._step = state["step"]
-        self._positions = np.array(rows, np.int64)
+        self._step, self._positions = state["step"], positions
 
     def close(self) -> None:
         """Stops the worker processes; the next batch starts new ones."""
@@ -111,11 +131,12 @@ class Loader:
     def _parts(self) -> grain.IterDataset:
         config = self._config
         windows = WindowDataset(
-            self._documents,
-            streams=range(self._first_row, self._first_row + config.batch_size),
+            self._sources,
+            weights=self._weights,
+            rows=range(self._first_row, self._first_row + config.batch_size),
             positions=self._positions.tolist(),
             step=self._step,
-            num_streams=self._global_batch,
+            num_rows=self._global_batch,
             min_seq_len=config.min_seq_len,
             max_seq_len=config.max_seq_len,
             pad_id=self._pad_id,
@@ -150,6 +171,7 @@ class Loader:
             self._positions[rows] = part["positions"]
             for name, count in zip(self.oddities, part["oddities"], strict=True):
                 self.oddities[name] += int(count)
+            self.retries += int(part["retries"])
         self._step = int(parts[0]["step"])
         return batch
 
@@ -211,9 +233,18 @@ def _start_worker(worker_index: int, worker_count: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _fingerprint(config: DataConfig, documents: DocumentSource, global_batch: int) -> dict:
+def _fingerprint(config: DataConfig, weighted, ordered, global_batch: int) -> dict:
+    sources = [
+        {**source.fingerprint, **blocks.fingerprint}
+        for (source, _), blocks in zip(weighted, ordered, strict=True)
+    ]
+    if len(sources) > 1:
+        weights = [float(weight) for _, weight in weighted]
+        documents = {"sources": sources, "weights": weights}
+    else:
+        (documents,) = sources
     return {
-        **documents.fingerprint,
+        **documents,
         "min_seq_len": config.min_seq_len,
         "max_seq_len": config.max_seq_len,
         "seed": config.seed,

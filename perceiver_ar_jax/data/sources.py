@@ -7,12 +7,11 @@ import json
 import os
 import resource
 from collections.abc import Callable, Sequence
-from concurrent import futures
 from typing import Any, NamedTuple
 
 from etils import epath
 
-from perceiver_ar_jax.data import record_files, splits
+from perceiver_ar_jax.data import record_blocks, record_files, splits, storage
 from perceiver_ar_jax.data.prepared import INFO_FILE, find_prepared, is_dataset_name
 from perceiver_ar_jax.data.tf_example import bytes_feature
 
@@ -37,7 +36,15 @@ class Shard(NamedTuple):
 
 
 class TextSource:
-    """Random access to texts: `source[i]` reads one. Pickles without its open files."""
+    """Random access to texts: `source[i]` reads one. Pickles without its open files.
+
+    Attributes:
+      shards: what is read of which files.
+      files: name and size of each.
+      split: its name, as it was given.
+      parse: makes a text of a record; is told whether it is the file's first, the file's last.
+      read_records: reads a span of a file without its index; None if that is not possible.
+    """
 
     def __init__(
         self,
@@ -45,32 +52,34 @@ class TextSource:
         open_file: Callable[[str], Any],
         parse: Callable[[bytes, bool, bool], Text],
         split: str,
+        read_records: Callable[[record_blocks.Span], list[bytes]] | None = None,
     ):
-        self._shards = [shard for shard in shards if shard.count]
-        self._ends = list(itertools.accumulate(shard.count for shard in self._shards))
-        self._open_file = open_file
-        self._parse = parse
+        self.shards = [shard for shard in shards if shard.count]
+        self.parse = parse
         self.split = split
+        self.read_records = read_records
+        self.files = _names_and_sizes([shard.path for shard in self.shards])
+        self._ends = list(itertools.accumulate(shard.count for shard in self.shards))
+        self._open_file = open_file
         self._files = {}
-        self.files = _names_and_sizes([shard.path for shard in self._shards])
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> Text:
         number = bisect.bisect_right(self._ends, index)
-        shard = self._shards[number]
+        shard = self.shards[number]
         record = shard.first + index - (self._ends[number] - shard.count)
         data = self._file(number).read(record)
         try:
-            return self._parse(data, record == 0, record + 1 == shard.num_records)
+            return self.parse(data, record == 0, record + 1 == shard.num_records)
         except ValueError as error:
             raise ValueError(f"{shard.path}, record {record}: {error}") from error
 
     def _file(self, number: int):
         if number not in self._files:
-            _allow_open_files(len(self._shards))
-            shard = self._shards[number]
+            _allow_open_files(len(self.shards))
+            shard = self.shards[number]
             file = self._open_file(shard.path)
             if len(file) != shard.num_records:
                 raise ValueError(
@@ -84,7 +93,7 @@ class TextSource:
         return {**self.__dict__, "_files": {}}
 
     def __repr__(self) -> str:
-        return f"TextSource({len(self)} records in {len(self._shards)} files)"
+        return f"TextSource({len(self)} records in {len(self.shards)} files)"
 
 
 def open_source(source: str, split: str) -> TextSource:
@@ -155,8 +164,8 @@ def _open_tfds(path: epath.Path, split: str) -> TextSource:
 
     builder = tfds.builder_from_directory(path)
     readers = {
-        "array_record": record_files.ArrayRecordFile,
-        "tfrecord": record_files.TFRecordFile,
+        "array_record": (record_files.ArrayRecordFile, record_blocks.read_array_records),
+        "tfrecord": (record_files.TFRecordFile, record_blocks.read_tfrecords),
     }
     file_format = builder.info.file_format.value
     if file_format not in readers:
@@ -172,7 +181,8 @@ def _open_tfds(path: epath.Path, split: str) -> TextSource:
         )
         for i in instructions
     ]
-    return TextSource(shards, readers[file_format], _parse_example, split)
+    open_file, read_records = readers[file_format]
+    return TextSource(shards, open_file, _parse_example, split, read_records)
 
 
 def _open_files(paths: list[str], split: str, open_file, parse) -> TextSource:
@@ -218,18 +228,13 @@ def _decoded(data: bytes) -> Text:
 
 def _names_and_sizes(paths: list[str]) -> list[tuple[str, int]]:
     """Checks that all files are there before anything is read."""
-
-    def size(path: str) -> int | None:
-        return epath.Path(path).stat().length if epath.Path(path).exists() else None
-
-    with futures.ThreadPoolExecutor(32) as pool:  # a stat may be a web request
-        sizes = list(pool.map(size, paths))
+    sizes = storage.file_sizes(paths)
     missing = [path for path, size in zip(paths, sizes, strict=True) if not size]
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(paths)} files are missing or empty, the first: {missing[0]}"
         )
-    return [(epath.Path(path).name, size) for path, size in zip(paths, sizes, strict=True)]
+    return [(path.rpartition("/")[2], size) for path, size in zip(paths, sizes, strict=True)]
 
 
 def _allow_open_files(count: int) -> None:

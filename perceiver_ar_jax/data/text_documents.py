@@ -1,15 +1,21 @@
 """Text through a tokenizer."""
 
 import hashlib
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from perceiver_ar_jax.data.config import DataConfig
 from perceiver_ar_jax.data.documents import TokenDocument
+from perceiver_ar_jax.data.read_ahead import read_in_order
 from perceiver_ar_jax.data.sources import Text, TextSource, open_source, training_split
+from perceiver_ar_jax.data.text_blocks import TextBlocks
 from perceiver_ar_jax.tokenizers import Tokenizer
 
+BLOCK_BYTES = (1 << 18, 1 << 16)  # the largest that gives every stream enough blocks
+BLOCKS_PER_STREAM = 16
 BAD_UTF8, MALFORMED, EMPTY = "bad UTF-8", "malformed line", "empty document"
 
 
@@ -30,6 +36,27 @@ class TextDocuments:
     def __getitem__(self, index: int) -> TokenDocument:
         return tokenize(self._source[index], self._tokenizer)
 
+    def blocks(self, num_streams: int) -> "TextDocumentBlocks | None":
+        """Blocks of a prepared dataset; None if it is too small for so many streams."""
+        source = self._source
+        if source.read_records is None:
+            return None
+        total = sum(size for _, size in source.files)
+        for block_bytes in BLOCK_BYTES:
+            if total >= BLOCKS_PER_STREAM * num_streams * block_bytes:
+                return TextDocumentBlocks(TextBlocks(source, block_bytes), self._tokenizer)
+        return None
+
+    def in_order(self) -> Iterator[TokenDocument]:
+        """All documents from the first to the last."""
+        source = self._source
+        if source.read_records is None:
+            texts = map(source.__getitem__, range(len(source)))
+        else:
+            blocks = TextBlocks(source, BLOCK_BYTES[0])
+            texts = itertools.chain.from_iterable(read_in_order(blocks.read, len(blocks)))
+        return (tokenize(text, self._tokenizer) for text in texts)
+
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What determines the documents: files and their sizes, the split, the tokenizer."""
@@ -43,6 +70,26 @@ class TextDocuments:
             "tokenizer_sha256": self._tokenizer.sha256,
             "tokenizer": type(self._tokenizer).__name__,
         }
+
+
+class TextDocumentBlocks:
+    """Texts are read in blocks, and tokenized when a stream reaches them; see `DocumentBlocks`."""
+
+    reads_ahead = True
+
+    def __init__(self, blocks: TextBlocks, tokenizer: Tokenizer):
+        self._blocks = blocks
+        self._tokenizer = tokenizer
+        self.fingerprint = {"block_bytes": blocks.block_bytes}
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def read(self, index: int) -> list[Text]:
+        return self._blocks.read(index)
+
+    def document(self, item: Text) -> TokenDocument:
+        return tokenize(item, self._tokenizer)
 
 
 def open_text_documents(config: DataConfig, tokenizer: Tokenizer) -> TextDocuments:

@@ -1,0 +1,141 @@
+"""Byte ranges of files, local or in a bucket; what the network loses is asked for again."""
+
+import asyncio
+import inspect
+import os
+import random
+import threading
+import time
+import types
+from collections import defaultdict
+from collections.abc import Sequence
+
+import fsspec
+from etils import epath
+
+MAX_ATTEMPTS = 8
+FIRST_PAUSE = 0.25  # seconds; doubles with every attempt
+STALL_SECONDS = 20.0  # a request that takes longer has failed
+_TRANSIENT_CODES = (408, 429, *range(500, 600))
+
+
+class StorageError(Exception):
+    """A file could not be read although every request was repeated; trying later may help."""
+
+    exit_code = os.EX_TEMPFAIL
+
+
+class _Counter:
+    """Counts the repeated requests of this process."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._count = 0
+
+    def add(self) -> None:
+        with self._lock:
+            self._count += 1
+
+    def take(self) -> int:
+        """The count since the last call."""
+        with self._lock:
+            count, self._count = self._count, 0
+        return count
+
+
+retries = _Counter()
+
+
+def is_remote(path: str) -> bool:
+    """Whether the path names an object in a bucket."""
+    return "://" in path
+
+
+def read_range(path: str, start: int, end: int) -> bytes:
+    """The bytes from `start` to `end` of a file that has at least `end` bytes.
+
+    A request to a bucket that fails, stalls or returns too little is repeated with growing pauses.
+
+    Raises:
+      ValueError: the file is missing, shorter, or may not be read.
+      StorageError: the last attempt failed too.
+    """
+    if not is_remote(path):
+        with open(path, "rb") as file:
+            data = os.pread(file.fileno(), end - start, start)
+        if len(data) != end - start:
+            raise ValueError(f"{path} ends before byte {end:,}")
+        return data
+    for attempt in range(MAX_ATTEMPTS):
+        if attempt:
+            retries.add()
+            time.sleep(FIRST_PAUSE * 2 ** (attempt - 1) * random.uniform(0.5, 1))
+        try:
+            data = _request(path, start, end)
+            if len(data) == end - start:
+                return data
+            problem = f"{len(data):,} bytes instead of {end - start:,}"
+        except (FileNotFoundError, PermissionError) as error:
+            raise ValueError(f"cannot read {path}: {_describe(error)}") from error
+        except Exception as error:  # network libraries raise exceptions of many unrelated types
+            if not _is_transient(error):
+                raise ValueError(f"cannot read {path}: {_describe(error)}") from error
+            problem = _describe(error)
+    raise StorageError(f"{path}, byte {start:,}: {MAX_ATTEMPTS} attempts failed, last: {problem}")
+
+
+def file_sizes(paths: Sequence[str]) -> list[int | None]:
+    """The size of each file, None where there is none; one listing per folder of a bucket."""
+    folders = defaultdict(dict)
+    for folder in {path.rpartition("/")[0] for path in paths if is_remote(path)}:
+        file_system = _file_system(folder)
+        for entry in file_system.ls(folder, detail=True):
+            folders[folder][entry["name"].rpartition("/")[2]] = entry["size"]
+
+    def size(path: str) -> int | None:
+        if is_remote(path):
+            folder, _, name = path.rpartition("/")
+            return folders[folder].get(name)
+        return epath.Path(path).stat().length if epath.Path(path).exists() else None
+
+    return [size(path) for path in paths]
+
+
+def _request(path: str, start: int, end: int) -> bytes:
+    file_system = _file_system(path)
+    if not file_system.async_impl:
+        return file_system.cat_file(path, start=start, end=end)
+
+    async def with_limit():
+        return await asyncio.wait_for(
+            file_system._cat_file(path, start=start, end=end), STALL_SECONDS
+        )
+
+    return asyncio.run_coroutine_threadsafe(with_limit(), file_system.loop).result()
+
+
+_file_systems: dict[str, fsspec.AbstractFileSystem] = {}
+_file_systems_lock = threading.Lock()
+
+
+def _file_system(path: str) -> fsspec.AbstractFileSystem:
+    protocol = path.partition("://")[0].replace("gs", "gcs")  # the name that fsspec prefers
+    with _file_systems_lock:
+        if protocol not in _file_systems:
+            new = fsspec.filesystem(protocol, skip_instance_cache=True)
+            if hasattr(new, "_request"):  # gcsfs would retry by itself, uncounted
+                new._request = types.MethodType(inspect.unwrap(type(new)._request), new)
+            _file_systems[protocol] = new
+        return _file_systems[protocol]
+
+
+def _is_transient(error: Exception) -> bool:
+    code = getattr(error, "code", None)  # of gcsfs's HttpError
+    if code is not None:
+        return int(code) in _TRANSIENT_CODES
+    return not isinstance(error, ValueError) and "Forbidden" not in str(error)
+
+
+def _describe(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return ": ".join([type(error).__name__, *lines[:1]])

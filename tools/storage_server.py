@@ -1,0 +1,234 @@
+"""A local server that imitates Google Cloud Storage: slow, of limited bandwidth, and faulty if asked.
+
+    python tools/storage_server.py DIR --latency_ms=50 --megabytes_per_sec=500
+
+Serves the folders in DIR as buckets, for clients with STORAGE_EMULATOR_HOST set to the address that it
+prints (gcsfs; FSSPEC_GCS_TOKEN=anon spares them the search for credentials). It knows what reading
+needs of the JSON API: metadata, listings and downloads, whole or of ranges.
+"""
+
+import argparse
+import contextlib
+import json
+import re
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlsplit
+
+PIECE = 1 << 16
+PAGE = 1000  # entries of a listing
+STALL = "stall"  # sends nothing for a long time
+RESET = "reset"  # closes the connection in the middle of the answer
+SHORT = "short"  # sends fewer bytes than were asked for, as if that were right
+
+
+class StorageServer(ThreadingHTTPServer):
+    """Serves the folders in `root` as buckets, on a free port of this machine.
+
+    Args:
+      latency: seconds before an answer begins.
+      bytes_per_second: of all answers together.
+      fault: called with the number of a download, from 0, and its path; returns an HTTP status,
+        STALL, RESET or SHORT to misbehave, None to serve.
+    """
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        port: int = 0,
+        latency: float = 0.0,
+        bytes_per_second: float = float("inf"),
+        fault: Callable[[int, str], int | str | None] = lambda number, path: None,
+    ):
+        super().__init__(("127.0.0.1", port), _Handler)
+        self.root = Path(root)
+        self.latency = latency
+        self.fault = fault
+        self.num_downloads = 0
+        self.num_requests = 0
+        self.num_bytes = 0
+        self.stopping = threading.Event()
+        self._seconds_per_byte = 1 / bytes_per_second
+        self._free_at = 0.0  # when the line has sent everything so far
+        self._lock = threading.Lock()
+
+    @property
+    def address(self) -> str:
+        """What STORAGE_EMULATOR_HOST is set to."""
+        return f"http://127.0.0.1:{self.server_port}"
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator["StorageServer"]:
+        """Serves in a thread."""
+        thread = threading.Thread(target=self.serve_forever)
+        thread.start()
+        try:
+            yield self
+        finally:
+            self.stopping.set()
+            self.shutdown()
+            thread.join()
+            self.server_close()
+
+    def count_request(self) -> None:
+        with self._lock:
+            self.num_requests += 1
+
+    def next_download(self) -> int:
+        with self._lock:
+            self.num_downloads += 1
+            return self.num_downloads - 1
+
+    def wait_for_line(self, num_bytes: int) -> None:
+        """Returns when so many more bytes may have been sent."""
+        with self._lock:
+            self.num_bytes += num_bytes
+            now = time.monotonic()
+            self._free_at = max(self._free_at, now) + num_bytes * self._seconds_per_byte
+            pause = self._free_at - now
+        if pause > 0.001:
+            time.sleep(pause)
+
+    def handle_error(self, request, client_address) -> None:
+        """Clients that leave are nothing to report."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def do_GET(self) -> None:
+        server = self.server
+        server.count_request()
+        time.sleep(server.latency)
+        parts = urlsplit(self.path)
+        query = {name: values[0] for name, values in parse_qs(parts.query).items()}
+        found = re.fullmatch(r"(?:/download)?/storage/v1/b/([^/]+)(?:/o(?:/(.+))?)?", parts.path)
+        if not found:
+            return self._send_json(404, {"error": {"code": 404, "message": "not here"}})
+        bucket, name = found[1], unquote(found[2] or "")
+        if not name:
+            is_listing = parts.path.rstrip("/").endswith("/o")
+            return self._send_json(200, self._listing(bucket, query) if is_listing else {})
+        path = server.root / bucket / name
+        if not path.is_file():
+            return self._send_json(404, {"error": {"code": 404, "message": f"no {name}"}})
+        if query.get("alt") != "media":
+            return self._send_json(200, _metadata(path, bucket, name))
+        return self._send_media(path, server.fault(server.next_download(), f"{bucket}/{name}"))
+
+    def _listing(self, bucket: str, query: dict[str, str]) -> dict:
+        prefix, delimiter = query.get("prefix", ""), query.get("delimiter")
+        root = self.server.root / bucket
+        items, prefixes = {}, set()
+        for path in root.rglob("*"):
+            name = str(path.relative_to(root))
+            if not name.startswith(prefix) or not path.is_file():
+                continue
+            inside, found, _ = name[len(prefix) :].partition(delimiter or "\0")
+            if found:
+                prefixes.add(prefix + inside + delimiter)
+            else:
+                items[name] = path
+        first = int(query.get("pageToken", 0))
+        names = sorted(items)[first : first + PAGE]
+        listing = {
+            "kind": "storage#objects",
+            "items": [_metadata(items[name], bucket, name) for name in names],
+            "prefixes": sorted(prefixes),
+        }
+        more = first + PAGE < len(items)
+        return listing | ({"nextPageToken": str(first + PAGE)} if more else {})
+
+    def _send_media(self, path: Path, fault: int | str | None) -> None:
+        if isinstance(fault, int):
+            return self._send_json(fault, {"error": {"code": fault, "message": "on purpose"}})
+        if fault == STALL:
+            self.server.stopping.wait(60)
+            self.close_connection = True
+            return None
+        size = path.stat().st_size
+        start, end = 0, size
+        if found := re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", "")):
+            first, last = found.groups()
+            start = int(first) if first else max(0, size - int(last))
+            end = min(size, int(last) + 1) if first and last else size
+        if fault == SHORT:
+            end = start + (end - start) // 2
+        self.send_response(206 if found else 200)
+        self.send_header("Content-Length", str(end - start))
+        self.send_header("Content-Range", f"bytes {start}-{end - 1}/{size}")
+        self.send_header("X-Goog-Generation", "1")
+        self.end_headers()
+        if fault == RESET:
+            end = start + (end - start) // 2
+        with path.open("rb") as file:
+            file.seek(start)
+            while start < end:
+                data = file.read(min(PIECE, end - start))
+                self.server.wait_for_line(len(data))
+                self.wfile.write(data)
+                start += len(data)
+        if fault == RESET:
+            linger = struct.pack("ii", 1, 0)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+        return None
+
+    def _send_json(self, status: int, value: dict) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+def _metadata(path: Path, bucket: str, name: str) -> dict:
+    stat = path.stat()
+    updated = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(stat.st_mtime))
+    return {
+        "kind": "storage#object",
+        "bucket": bucket,
+        "name": name,
+        "size": str(stat.st_size),
+        "generation": "1",
+        "metageneration": "1",
+        "updated": updated,
+        "timeCreated": updated,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("root", help="each folder in it is a bucket")
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--latency_ms", type=float, default=0.0)
+    parser.add_argument("--megabytes_per_sec", type=float, default=float("inf"))
+    args = parser.parse_args()
+    server = StorageServer(
+        args.root,
+        port=args.port,
+        latency=args.latency_ms / 1000,
+        bytes_per_second=args.megabytes_per_sec * 1e6,
+    )
+    print(server.address, flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()
