@@ -1,10 +1,10 @@
-"""A local server that imitates Google Cloud Storage: slow, of limited bandwidth, and faulty if asked.
+"""A local server that imitates Google Cloud Storage: slow, and faulty if asked.
 
     python tools/storage_server.py DIR --latency_ms=50 --megabytes_per_sec=500
 
-Serves the folders in DIR as buckets, for clients with STORAGE_EMULATOR_HOST set to the address that it
-prints (gcsfs; FSSPEC_GCS_TOKEN=anon spares them the search for credentials). It knows what reading
-needs of the JSON API: metadata, listings and downloads, whole or of ranges.
+Serves the folders in DIR as buckets, for a `gcsfs.core.GCSFileSystem(token="anon")` with
+STORAGE_EMULATOR_HOST set to the address that it prints. It knows what reading needs of the JSON
+API: metadata, listings and downloads, whole or of ranges.
 """
 
 import argparse

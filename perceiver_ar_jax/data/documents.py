@@ -56,7 +56,7 @@ class DocumentBlocks(Protocol):
 class SingleDocuments:
     """Blocks of one document each."""
 
-    fingerprint: Mapping[str, Any] = {}  # noqa: RUF012
+    fingerprint: Mapping[str, Any] = {}
     reads_ahead = False
 
     def __init__(self, source: DocumentSource):

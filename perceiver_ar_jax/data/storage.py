@@ -122,7 +122,10 @@ def _file_system(path: str) -> fsspec.AbstractFileSystem:
     protocol = path.partition("://")[0].replace("gs", "gcs")  # the name that fsspec prefers
     with _file_systems_lock:
         if protocol not in _file_systems:
-            new = fsspec.filesystem(protocol, skip_instance_cache=True)
+            kind = fsspec.get_filesystem_class(protocol)
+            # Of gcsfs the plain client: its subclass first asks by gRPC what kind of bucket it is.
+            kind = next((base for base in kind.mro() if base.__module__ == "gcsfs.core"), kind)
+            new = kind(skip_instance_cache=True)
             if hasattr(new, "_request"):  # gcsfs would retry by itself, uncounted
                 new._request = types.MethodType(inspect.unwrap(type(new)._request), new)
             _file_systems[protocol] = new
