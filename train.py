@@ -4,9 +4,11 @@ Example:
   python train.py --config=configs/c4_base.py --config.batch_size=1024
 
 Flags:
-  --config=FILE     a Python file with get_config(), such as those in configs/; required
+  --config=FILE     a Python file with get_config(), such as those in configs/; required.
+                    FILE:ARGUMENT gives it an argument
   --config.x=VALUE  changes a setting
-  --workdir=DIR     where the run lives; default: runs/NAME for configs/NAME.py
+  --workdir=DIR     where the run lives; default: runs/NAME for configs/NAME.py, or
+                    runs/NAME_ARGUMENT
   --help_config     lists the settings of --config (default: of no file) with their meaning
   --dry_run         checks everything, prints what would run and all settings, and stops
   --help            prints this
@@ -59,7 +61,8 @@ def main() -> int:
     from perceiver_ar_jax import train_loop
     from perceiver_ar_jax.run_config import RunConfig
 
-    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    file, _, argument = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    name = Path(file).stem + (f"_{argument}" if argument else "")
     run = RunConfig.from_config(CONFIG.value)
     return train_loop.run(run, WORKDIR.value or f"runs/{name}", dry_run=DRY_RUN.value)
 
@@ -90,22 +93,23 @@ def _with_readable_config(argv: list[str]) -> list[str]:
 
 def _readable(given: str) -> str:
     """The path of a config file, which is tried out: as given, or below this script's folder."""
-    found = next((file for file in (Path(given), ROOT / given) if file.is_file()), None)
+    name, *argument = given.split(":", 1)
+    found = next((file for file in (Path(name), ROOT / name) if file.is_file()), None)
     try:
         if found is None:
             raise FileNotFoundError("there is no such file")
-        _config_of(found)
+        _config_of(found, *argument)
     except Exception as error:  # whatever the file does
         reason = f"{type(error).__name__}: {error}"
         sys.exit(_fail(f"cannot read the config file {given}: {reason}"))
-    return str(found)
+    return ":".join([str(found), *argument])
 
 
-def _config_of(file: Path) -> Any:
+def _config_of(file: Path, *argument: str) -> Any:
     found = runpy.run_path(str(file)).get("get_config")
     if found is None:
         raise ValueError("it does not define get_config()")
-    return found()
+    return found(*argument)
 
 
 def _unknown_setting(argv: list[str]) -> str | None:

@@ -33,7 +33,7 @@ AT_LEAST = {
 class DataSettings:
     """Where the text comes from."""
 
-    source: str = ""  # a name such as c4/en:3.0.1, a prepared directory, or a file, folder or glob
+    source: str = ""  # a name such as c4/en:3.0.1, a directory, file, folder or glob; mirror:128
     tokenizer: str = "bytes"  # or a SentencePiece .model file, a tokenizer.json, a hub id
     train_split: str = "train"  # of files: all that eval_split does not take
     eval_split: str = "validation"  # of files: the last 2 %

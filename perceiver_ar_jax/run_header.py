@@ -31,10 +31,12 @@ def header(
     processes = _count(jax.process_count(), "process", "es")
     yield f"devices    {mesh.size} × {kind} in {processes}, mesh {axes}{fitted}"
     data = loader.fingerprint
+    in_files = ""
+    if "files" in data:
+        in_files = f" in {_count(data['files'], 'file')}, {data['bytes'] / 1e6:,.1f} MB"
     yield (
         f"data       {run.train_data.source}, {data['split']}: "
-        f"{_count(data['records'], 'record')} in {_count(data['files'], 'file')}, "
-        f"{data['bytes'] / 1e6:,.1f} MB; evaluation on "
+        f"{_count(data['records'], 'record')}{in_files}; evaluation on "
         f"{run.eval_data.split}; tokenizer {run.data.tokenizer}, {tokenizer.vocab_size:,} ids"
     )
     shortest, longest = run.train_data.min_seq_len, run.train_data.max_seq_len

@@ -45,6 +45,7 @@ class RandomDocument:
     """A `data.DocumentSource` of one random document."""
 
     eos_id, pad_id, oddities, fingerprint = 2, 0, (), {}
+    documents_are_windows = False
 
     def __len__(self) -> int:
         return 1

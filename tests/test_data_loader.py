@@ -352,6 +352,7 @@ class Melodies:
 
     eos_id, pad_id = 1, 0
     oddities = ("out of tune",)
+    documents_are_windows = False
     fingerprint = {"melodies": 20}  # noqa: RUF012
 
     def __len__(self) -> int:

@@ -14,6 +14,7 @@ class TokenDocument(NamedTuple):
     num_bytes: int  # of the original data, for bits per byte
     num_words: int = 0  # of text, separated by white space
     oddities: tuple[str, ...] = ()  # what is wrong with it, among the source's `oddities`
+    counted: np.ndarray | None = None  # (T,) bool, which tokens the loss counts; None: all
 
 
 class DocumentSource(Protocol):
@@ -26,6 +27,7 @@ class DocumentSource(Protocol):
     eos_id: int  # closes a document; evaluation also begins with it
     pad_id: int
     oddities: tuple[str, ...]  # everything that can be wrong with a document; the loader counts it
+    documents_are_windows: bool  # a window is one document, or its beginning; otherwise joined
     fingerprint: Mapping[str, Any]  # what determines the documents; plain JSON types
 
     def __len__(self) -> int: ...

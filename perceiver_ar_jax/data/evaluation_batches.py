@@ -1,13 +1,14 @@
 """A split as overlapping windows: every token is predicted once, with long context."""
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
 
 from perceiver_ar_jax.data.config import DataConfig
 from perceiver_ar_jax.data.documents import DocumentSource, in_order
+from perceiver_ar_jax.data.opening import open_documents
 from perceiver_ar_jax.data.rows import pad_rows, write_window
-from perceiver_ar_jax.data.text_documents import open_text_documents
 from perceiver_ar_jax.tokenizers import Tokenizer
 
 
@@ -15,13 +16,14 @@ class EvaluationBatches:
     """One pass over a split each time it is iterated over; made by `evaluation_batches`.
 
     Batches are like those of the loader; `weights` is 1 only at the targets that no earlier window
-    has predicted, the last `stride` of a window. Every process has `len` batches.
+    has predicted, the last `stride` of a window, and of those at what the documents count. Every
+    process has `len` batches.
 
     Attributes:
       stride: how many targets a window adds, at most the number of its latents.
       prefix_len: the positions of a window before its latents.
       num_tokens: targets with weight 1, over all processes: every token of the text, and the eos of
-        each document.
+        each document, or what the documents count.
       num_bytes: the UTF-8 bytes of the text; nats / log(2) / num_bytes are bits per byte.
       num_words: its words, separated by white space.
       oddities: documents counted by what is wrong with them.
@@ -43,11 +45,15 @@ class EvaluationBatches:
         self.prefix_len = config.max_seq_len - num_latents
         self._first_row = config.batch_size * process_index
         self._rows = rows
-        self._stream, self._document_starts = self._join(documents)
-        self.num_tokens = len(self._stream) - 1
+        self._join(documents)
+        windows = self._windows_in_documents if documents.documents_are_windows else self._windows
+        self._windows_W3 = np.array(list(windows()), np.int64)
+        self.num_tokens = int(
+            sum(self._counted[a + 1 : b + 1].sum() for _, a, b in self._windows_W3)
+        )
 
     def __len__(self) -> int:
-        return -(-self._num_windows // self._rows)
+        return -(-len(self._windows_W3) // self._rows)
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         for step in range(len(self)):
@@ -58,9 +64,9 @@ class EvaluationBatches:
                 with_segment_ids=self._config.respect_documents,
             )
             first = step * self._rows + self._first_row
-            for row in range(self._config.batch_size):
-                if first + row < self._num_windows:
-                    self._write_window(rows, row, first + row)
+            windows_B3 = self._windows_W3[first : first + self._config.batch_size]
+            for row, window in enumerate(windows_B3):
+                self._write_window(rows, row, *window)
             yield rows
 
     def places(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -87,19 +93,18 @@ class EvaluationBatches:
         documents = np.searchsorted(self._document_starts, places, side="right") - 1
         return self._document_starts[documents]
 
-    @property
-    def _num_windows(self) -> int:
-        return -(-self.num_tokens // self.stride)
-
-    def _join(self, documents: DocumentSource) -> tuple[np.ndarray, np.ndarray]:
+    def _join(self, documents: DocumentSource) -> None:
         """All tokens, after one eos so that the first is predicted too, as in training."""
         parts = [np.array([documents.eos_id], np.int32)]
+        counted = [np.zeros(1, bool)]
         starts = [0, 1]
         length = 1
         self.oddities = dict.fromkeys(documents.oddities, 0)
         self.num_bytes = self.num_words = 0
         for document in in_order(documents):
+            all_count = np.ones(len(document.tokens), bool)
             parts.append(document.tokens)
+            counted.append(all_count if document.counted is None else document.counted)
             length += len(document.tokens)
             self.num_bytes += document.num_bytes
             self.num_words += document.num_words
@@ -109,23 +114,40 @@ class EvaluationBatches:
                 starts.append(length)
         if length == 1:
             raise ValueError(f"{self._config.source} has no text in {self._config.split}")
-        return np.concatenate(parts), np.array(starts)
+        self._stream, self._counted = np.concatenate(parts), np.concatenate(counted)
+        self._document_starts = np.array(starts)
 
-    def _write_window(self, rows: dict[str, np.ndarray], row: int, number: int) -> None:
-        """Window n predicts `stride` targets starting at n * stride.
+    def _windows(self) -> Iterator[tuple[int, int, int]]:
+        """What may be read, from its first token, and the begin and end of the tokens to read last.
 
-        The last window ends with the stream, and only its new targets have weight.
+        Window n predicts what follows the `stride` tokens from n * stride; the last window ends
+        with the stream.
         """
-        begin = number * self.stride
-        end = min(begin + self.stride, self.num_tokens)
-        start = max(0, end - self._config.max_seq_len)
+        length = len(self._stream) - 1
+        for begin in range(0, length, self.stride):
+            yield 0, begin, min(begin + self.stride, length)
+
+    def _windows_in_documents(self) -> Iterator[tuple[int, int, int]]:
+        """The same of each document alone, from its end, where anything counts."""
+        for first, stop in itertools.pairwise(self._document_starts[1:]):
+            for end in range(stop - 1, first, -self.stride):
+                begin = max(first, end - self.stride)
+                if self._counted[begin + 1 : end + 1].any():
+                    yield first, begin, end
+
+    def _write_window(
+        self, rows: dict[str, np.ndarray], row: int, first: int, begin: int, end: int
+    ) -> None:
+        start = max(first, end - self._config.max_seq_len)
         documents = np.searchsorted(self._document_starts, np.arange(start, end), side="right")
+        counted = self._counted[start + 1 : end + 1].copy()
+        counted[: begin - start] = False  # an earlier window counts them
         write_window(
             rows,
             row,
             self._stream[start : end + 1],
             documents - documents[0] + 1,
-            num_counted=end - begin,
+            counted=counted,
         )
 
 
@@ -144,7 +166,8 @@ def evaluation_batches(
     `stride`, by default `num_latents`, so that each token is predicted once, by one of the last
     `stride` latents, with at least max_seq_len - stride tokens before it (except at the beginning
     of the stream). The last batch is filled with rows of pads. Tokens are held in memory, 4 bytes
-    each: use a slice of a large split.
+    each: use a slice of a large split. Documents that are windows are cut one by one, from their
+    ends.
 
     Raises:
       ValueError: the data is missing or without text, or num_latents or stride is out of range.
@@ -155,7 +178,7 @@ def evaluation_batches(
         raise ValueError(f"stride={stride} out of valid range [1..{num_latents}], the latents")
     return EvaluationBatches(
         config,
-        open_text_documents(config, tokenizer),
+        open_documents(config, tokenizer),
         num_latents=num_latents,
         stride=stride,
         process_index=process_index,

@@ -10,8 +10,8 @@ from absl import flags
 
 from perceiver_ar_jax.data.config import DataConfig
 from perceiver_ar_jax.data.documents import DocumentSource
+from perceiver_ar_jax.data.opening import open_documents
 from perceiver_ar_jax.data.rows import pad_rows
-from perceiver_ar_jax.data.text_documents import open_text_documents
 from perceiver_ar_jax.data.windows import OrderedBlocks, WindowDataset, oddities_of
 from perceiver_ar_jax.tokenizers import Tokenizer
 
@@ -179,7 +179,7 @@ class Loader:
 def make_loader(
     config: DataConfig, tokenizer: Tokenizer, *, process_index: int = 0, process_count: int = 1
 ) -> Loader:
-    """Opens the text and returns the training batches of one process.
+    """Opens the source and returns the training batches of one process.
 
     Without `repeat`, iteration ends when all streams of this process have ended; the rows of those
     that end earlier are pads.
@@ -187,7 +187,7 @@ def make_loader(
     Raises:
       ValueError: the data is missing or unreadable; the message says what was found.
     """
-    documents = open_text_documents(config, tokenizer)
+    documents = open_documents(config, tokenizer)
     return Loader(config, documents, process_index=process_index, process_count=process_count)
 
 

@@ -32,7 +32,7 @@ def write_window(
     stream: np.ndarray,
     segment_ids: np.ndarray,
     *,
-    num_counted: int | None = None,
+    counted: np.ndarray | None = None,
 ) -> None:
     """Writes a left-padded window.
 
@@ -41,13 +41,12 @@ def write_window(
       row: which of them.
       stream: N + 1 tokens: those of the window and the target of the last one.
       segment_ids: of the N tokens, from 1.
-      num_counted: how many of the last targets have weight 1; all by default.
+      counted: of the N targets, which have weight 1; all by default.
     """
     size, length = rows["tokens"].shape[1], len(stream) - 1
-    num_counted = length if num_counted is None else num_counted
     rows["tokens"][row, size - length :] = stream[:-1]
     rows["targets"][row, size - length :] = stream[1:]
     rows["pad_mask"][row, size - length :] = False
-    rows["weights"][row, size - num_counted :] = 1
+    rows["weights"][row, size - length :] = 1 if counted is None else counted
     if "segment_ids" in rows:
         rows["segment_ids"][row, size - length :] = segment_ids

@@ -23,6 +23,7 @@ class TextDocuments:
     """The token documents of a text source; see `DocumentSource`."""
 
     oddities = (BAD_UTF8, MALFORMED, EMPTY)
+    documents_are_windows = False
 
     def __init__(self, source: TextSource, tokenizer: Tokenizer):
         self._source = source

@@ -37,6 +37,7 @@ class OrderedBlocks:
             order = order.shuffle()
         self._order = order.repeat() if repeat else order
         self.oddities = source.oddities
+        self.documents_are_windows = source.documents_are_windows
         self.reads_ahead = self._blocks.reads_ahead
         self.fingerprint = self._blocks.fingerprint
 
@@ -163,13 +164,13 @@ class WindowIterator(grain.DatasetIterator):
             for stream in streams[first:] + streams[:first]:  # the others if the first has ended
                 parts = stream.take(lengths[number] + 1)
                 for document in stream.opened():
-                    oddities += [name in document.oddities for name in dataset.oddities]
-                window = np.concatenate(parts) if parts else np.empty(0, np.int32)
-                if len(window) > 1:  # a single token has nothing to predict
-                    documents = np.repeat(
-                        np.arange(1, len(parts) + 1), [len(part) for part in parts]
-                    )
-                    write_window(element, row, window, documents[:-1])
+                    found = [name in document.oddities for name in dataset.oddities]
+                    oddities += np.array(found, bool)
+                sizes = [len(tokens) for tokens, _ in parts]
+                if sum(sizes) > 1:  # a single token has nothing to predict
+                    window, counted = map(np.concatenate, zip(*parts, strict=True))
+                    documents = np.repeat(np.arange(1, len(parts) + 1), sizes)
+                    write_window(element, row, window, documents[:-1], counted=counted[1:])
                     break
         if element["pad_mask"].all():
             raise StopIteration
@@ -235,7 +236,7 @@ class _Stream:
         self._reader = reader
         self._row = row
         self._num_rows = num_rows
-        self._items = self._tokens = None
+        self._items = self._tokens = self._counted = None
         self._opened = []
 
     @property
@@ -248,8 +249,12 @@ class _Stream:
         for block in range(first, first + self._reader.depth):
             self._reader.request(self._row + self._num_rows * block)
 
-    def take(self, count: int) -> list[np.ndarray]:
-        """The next `count` tokens, one array per document; fewer at the end."""
+    def take(self, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The next `count` tokens and which of them count, a pair per document.
+
+        Fewer at the end, and where documents are windows: those are of one document, whose rest is
+        skipped.
+        """
         parts = []
         empty = 0
         while count > 0:
@@ -257,10 +262,13 @@ class _Stream:
                 document = self._next_document()
                 if document is None:
                     break
-                self._tokens = document.tokens
+                self._tokens, self._counted = document.tokens, document.counted
+                if self._counted is None:
+                    self._counted = np.ones(len(self._tokens), bool)
                 if not self._used:
                     self._opened.append(document)
-            part = self._tokens[self._used : self._used + count]
+            taken = slice(self._used, self._used + count)
+            part = self._tokens[taken]
             empty = 0 if len(part) or parts else empty + 1
             if empty > MAX_EMPTY_IN_A_ROW:
                 raise ValueError(
@@ -268,9 +276,11 @@ class _Stream:
                     '(JSON lines hold it under the key "text")'
                 )
             if len(part):
-                parts.append(part)
+                parts.append((part, self._counted[taken]))
             self._used += len(part)
             count -= len(part)
+            if parts and self._reader.blocks.documents_are_windows:
+                count, self._used = 0, len(self._tokens)
             if self._used >= len(self._tokens):  # above: the document has become shorter
                 self._advance()
         return parts
