@@ -111,7 +111,8 @@ def _batch(pretrained, sequences, length, num_rows, windows) -> Batch:
         documents = np.ones(window.length, np.int32)
         if respect_documents:  # eos closes a document
             documents[1:] += np.cumsum(stream[:-2] == pretrained.tokenizer.eos_id)
-        write_window(rows, row, stream, documents, num_counted=window.end - window.first)
+        counted = np.arange(window.begin + 1, window.end) >= window.first
+        write_window(rows, row, stream, documents, counted=counted)
     return Batch(**rows)
 
 
