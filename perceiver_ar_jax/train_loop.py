@@ -39,6 +39,7 @@ from perceiver_ar_jax.pretrained import CHECKPOINTS_FOLDER
 from perceiver_ar_jax.run_config import RunConfig
 from perceiver_ar_jax.run_header import header, memory_lines
 from perceiver_ar_jax.samples import Sampler
+from perceiver_ar_jax.self_check import check_device
 from perceiver_ar_jax.tokenizers import Tokenizer, load_tokenizer
 from perceiver_ar_jax.training import Batch, TrainState
 from perceiver_ar_jax.training.checkpoint import Checkpointer
@@ -76,6 +77,8 @@ def run(run: RunConfig, workdir: str | Path, *, dry_run: bool = False) -> int:
         jax.config.update("jax_compilation_cache_dir", run.compilation_cache)
     mesh = make_mesh(run.mesh, num_channels=run.model.num_channels)
     check_batch_size(run.batch_size, mesh, run.microbatches)
+    if jax.default_backend() != "cpu":
+        check_device(run.model)
     with contextlib.ExitStack() as stack:
         if not dry_run:
             on_first(lambda: stack.enter_context(claimed(workdir)))

@@ -20,7 +20,7 @@ FLOORS = (
     {"origin", "run_header", "samples", "settings_help"},
     {"lowering", "workdir"},
     {"command_line", "convert", "preemption", "run_config"},
-    {"evaluation"},
+    {"evaluation", "self_check"},
     {"pretrained"},
     {"text_generation"},
     {"generation", "data", "training", "conversion"},
