@@ -77,6 +77,9 @@ class PerceiverARConfig:
     attention: str = _computation(
         "auto", choices=ATTENTION_IMPLEMENTATIONS, ours=True
     )  # the implementation; "auto" chooses, see model/attention/dispatch.py
+    prefix_chunk: int = _computation(
+        0, at_least=0, ours=True
+    )  # positions of a prefix that are read at a time; 0: all of them
     rotary_inv_freq: tuple[float, ...] | None = _architecture(
         None, optional=True, ours=True
     )  # None: the formula; otherwise as a checkpoint has them

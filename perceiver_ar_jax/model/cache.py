@@ -43,11 +43,17 @@ class LayerCache(NamedTuple):
         """The number of slots."""
         return self.k.shape[-1]
 
-    def write(self, new: KeysValues, slot: jax.Array) -> "LayerCache":
-        """Puts the keys and values of one token into `slot`, a scalar."""
+    def write(self, new: KeysValues, slot: jax.Array | int) -> "LayerCache":
+        """Puts keys and values, of one token or several, into slots from `slot` on."""
         update = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=-1)
         new = LayerCache.of(new)
         return LayerCache(update(self.k, new.k, slot), update(self.v, new.v, slot))
+
+    def read(self, slot: jax.Array | int, size: int, *, batch: int) -> KeysValues:
+        """Keys and values of `size` slots from `slot` on."""
+        cut = functools.partial(jax.lax.dynamic_slice_in_dim, axis=-1)
+        kv = (cut(x, slot, size).reshape(batch, *x.shape[-3:-1], size) for x in self)
+        return KeysValues(*(x_BNHK.transpose(0, 3, 1, 2) for x_BNHK in kv))
 
     def attend(self, q_B1NH: jax.Array, mask_BK: jax.Array) -> jax.Array:
         """Attention of one new token per row to what is in the slots: (B, 1, N, H)."""
@@ -82,15 +88,15 @@ class Cache:
 
     @classmethod
     def of_prompt(
-        cls, cross: KeysValues, layers: tuple[KeysValues, ...], pads_B: jax.Array, prefix_len: int
+        cls, cross: LayerCache, layers: tuple[LayerCache, ...], pads_B: jax.Array, prefix_len: int
     ) -> "Cache":
         """Holds a prompt that was just read, without room for more."""
         return cls(
-            cross=LayerCache.of(cross),
-            layers=tuple(map(LayerCache.of, layers)),
+            cross=cross,
+            layers=layers,
             pads_B=pads_B,
             first_latent=jnp.int32(prefix_len),
-            length=jnp.int32(cross.k.shape[1]),
+            length=jnp.int32(cross.capacity),
         )
 
     @property

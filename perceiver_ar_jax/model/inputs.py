@@ -43,6 +43,10 @@ class Inputs(NamedTuple):
             jax.tree.map(lambda x_BS: x_BS[:, prefix_len:], self),
         )
 
+    def columns(self, start: jax.Array | int, size: int) -> "Inputs":
+        """`size` consecutive columns."""
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=1), self)
+
     def gather(self, columns_BK: jax.Array) -> "Inputs":
         """Some columns of each row."""
         full = self._replace(positions_BS=jnp.broadcast_to(self.positions_BS, self.tokens_BS.shape))

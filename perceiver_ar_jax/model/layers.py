@@ -1,6 +1,7 @@
 """The building blocks: Dense, LayerNorm, MLP and the two kinds of decoder layer."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,9 @@ from perceiver_ar_jax.model.cache import KeysValues, LayerCache
 from perceiver_ar_jax.model.decoding_params import TiedEmbedding
 from perceiver_ar_jax.model.positions import Rotation, rotate
 from perceiver_ar_jax.parallel import constrain
+
+# Attention of queries (B, L, N, H) to what they all see: output and log-sum-exp (B, N, L).
+AttendPrefix = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 
 
 class Embedding(nn.Module):
@@ -29,16 +33,36 @@ class Embedding(nn.Module):
 
     def __call__(self, indices: jax.Array) -> jax.Array:
         """Rows of the table, (..., D)."""
-        # Keep the feature dimension unsharded; otherwise every device looks up the whole batch.
-        table = self.embedding
-        table = table.embedding_VD if isinstance(table, TiedEmbedding) else table
-        return constrain(jnp.asarray(table), "vocab", None)[indices].astype(jnp.float32)
+        return _look_up(self.embedding, indices)
 
     def head(self) -> jax.Array:
         """The table as the head reads it, (D, rows)."""
         if isinstance(self.embedding, TiedEmbedding):
             return self.embedding.head_DV
         return self.embedding.astype(self.config.dtype).T
+
+
+def embed(
+    tables: tuple[jax.Array | TiedEmbedding, ...], tokens_BS: jax.Array, positions_BS: jax.Array
+) -> jax.Array:
+    """What the first layer reads, (B, S, D).
+
+    Args:
+      tables: of `Embedding`: of tokens, and of positions if they are embedded.
+      tokens_BS: token ids.
+      positions_BS: positions, (1, S) where all rows have the same.
+    """
+    x_BSD = _look_up(tables[0], tokens_BS)
+    if len(tables) > 1:
+        # While decoding, positions run on past the table; the reference stays at its end.
+        x_BSD += _look_up(tables[1], jnp.minimum(positions_BS, len(tables[1]) - 1))
+    return constrain(x_BSD, "batch", "keys", None)
+
+
+def _look_up(table, indices):
+    table = table.embedding_VD if isinstance(table, TiedEmbedding) else table
+    # Keep the feature dimension unsharded; otherwise every device looks up the whole batch.
+    return constrain(jnp.asarray(table), "vocab", None)[indices].astype(jnp.float32)
 
 
 class Dense(nn.Module):
@@ -139,16 +163,20 @@ class MultiHeadAttention(nn.Module):
         self, q_BLNH: jax.Array, kv: KeysValues, visibility: Visibility, *, deterministic: bool
     ) -> tuple[jax.Array, jax.Array]:
         """Output (B, L, N, H) before the projection, and log-sum-exp (B, N, L)."""
-        rate = 0.0 if deterministic else self.config.post_attention_dropout
         return attend(
             q_BLNH,
             *kv,
             visibility,
             config=self.config,
-            dropout=Dropout(rate, self.make_rng("dropout")) if rate else None,
+            dropout=self.weights_dropout(deterministic),
             max_heads=self.max_heads_parallel,
             over_context=not visibility.causal,
         )
+
+    def weights_dropout(self, deterministic: bool) -> Dropout | None:
+        """A new draw of what is dropped of the attention weights."""
+        rate = 0.0 if deterministic else self.config.post_attention_dropout
+        return Dropout(rate, self.make_rng("dropout")) if rate else None
 
     def project(self, out_BLNH: jax.Array) -> jax.Array:
         """Joins the heads: (B, L, D)."""
@@ -184,21 +212,27 @@ class CrossAttentionLayer(nn.Module):
         latents_BLD: jax.Array,
         rotation_BL: Rotation,
         visible_latents: Visibility,
-        prefix: KeysValues | None,
-        visible_prefix: Visibility,
+        attend_prefix: AttendPrefix | None = None,
         *,
         deterministic: bool = True,
     ) -> tuple[jax.Array, KeysValues]:
-        """Returns latents (B, L, D), and their keys and values; `prefix` is None if it is empty."""
+        """Returns latents (B, L, D), and their keys and values.
+
+        Args:
+          latents_BLD: embedded tokens.
+          rotation_BL: of their positions.
+          visible_latents: what they see of each other.
+          attend_prefix: attention of queries (B, L, N, H) to the prefix, as output and log-sum-exp;
+            None where there is no prefix.
+          deterministic: whether nothing is dropped.
+        """
         normed_BLD = self.q_norm(latents_BLD)
         q_BLNH = self.attention.queries(normed_BLD, rotation_BL)
         kv = self.attention.keys_values(normed_BLD, rotation_BL)
-        parts = [(kv, visible_latents)]
-        if prefix is not None:
-            parts.append((prefix, visible_prefix))
-        out_BLNH, _ = merge(
-            [self.attention.attend(q_BLNH, *part, deterministic=deterministic) for part in parts]
-        )
+        parts = [self.attention.attend(q_BLNH, kv, visible_latents, deterministic=deterministic)]
+        if attend_prefix is not None:
+            parts.append(attend_prefix(q_BLNH))
+        out_BLNH, _ = merge(parts)
         return _residual_branches(self, latents_BLD, out_BLNH, deterministic), kv
 
     def decode_step(

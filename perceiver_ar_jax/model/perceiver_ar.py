@@ -3,19 +3,33 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from perceiver_ar_jax.config import PerceiverARConfig
-from perceiver_ar_jax.model.cache import Cache
+from perceiver_ar_jax.model import streamed_prefix
+from perceiver_ar_jax.model.cache import Cache, LayerCache
 from perceiver_ar_jax.model.inputs import Inputs
 from perceiver_ar_jax.model.layers import (
     CrossAttentionLayer,
     Embedding,
     LayerNorm,
     SelfAttentionLayer,
+    embed,
 )
 from perceiver_ar_jax.model.positions import rotation
-from perceiver_ar_jax.parallel import constrain, has_context
+from perceiver_ar_jax.model.streamed_prefix import PrefixParams
+from perceiver_ar_jax.parallel import has_context
 
-# What remat="names" keeps for the backward pass: results of matmuls, but no attention weights.
-KEPT_NAMES = ("statistics", "qkv", "attention_out", "attention_residual", "mlp_up")
+# What each kind of remat keeps for the backward pass. "names": results of matmuls, but no attention
+# weights. Attention to a streamed prefix is never computed twice: it costs a pass over the prefix.
+KEPT_NAMES = {
+    "full": ("streamed_prefix",),
+    "names": (
+        "statistics",
+        "qkv",
+        "attention_out",
+        "attention_residual",
+        "mlp_up",
+        "streamed_prefix",
+    ),
+}
 
 
 class PerceiverAR(nn.Module):
@@ -89,7 +103,7 @@ class PerceiverAR(nn.Module):
     ) -> jax.Array:
         """What the head reads, (B, L, D); arguments as in `__call__`."""
         inputs = Inputs.of(tokens_BS, pad_mask, segment_ids)
-        x_BLD, _, *inner = self._first_layer(inputs, prefix_len, deterministic)
+        x_BLD, *inner = self._first_layer(inputs, prefix_len, deterministic)
         return self._normed(self._layers(x_BLD, *inner, deterministic))
 
     def logits(self, hidden_BLD: jax.Array) -> jax.Array:
@@ -103,14 +117,38 @@ class PerceiverAR(nn.Module):
     def prefill(
         self, tokens_BS: jax.Array, prefix_len: int, pad_mask: jax.Array | None = None
     ) -> tuple[jax.Array, Cache]:
-        """Reads a prompt: hidden states (B, L, D), and a cache that holds just the prompt."""
-        x_BLD, cross, rotation_BL, visible = self._first_layer(
-            Inputs.of(tokens_BS, pad_mask), prefix_len
-        )
+        """Reads a prompt: hidden states (B, L, D), and a cache that holds just the prompt.
+
+        Keys and values of a streamed prefix exist in the cache alone.
+        """
+        config, layer = self.config, self.cross_attention
+        inputs = Inputs.of(tokens_BS, pad_mask)
+        _check_lengths(inputs.length, prefix_len, config)
+        prefix, latents = inputs.split(prefix_len)
+        rotation_BL = rotation(latents.positions_BS, config)
+        visible = latents.visible_from(latents, causal=True)
+        attend_prefix = None
+        if streamed_prefix.is_streamed(prefix_len, config):
+            params = PrefixParams.of(self._tables(), layer)
+            cross = streamed_prefix.fill_cache(params, prefix, config, capacity=inputs.length)
+            attend_prefix = lambda q_BLNH: streamed_prefix.attend_to_cache(
+                q_BLNH, cross, prefix, config
+            )
+        elif prefix_len:
+            kv_prefix = layer.prefix_keys_values(
+                self._embed(prefix), rotation(prefix.positions_BS, config)
+            )
+            cross = LayerCache.of(kv_prefix).padded_to(inputs.length)
+            visible_prefix = prefix.visible_from(latents, causal=False)
+            attend_prefix = lambda q_BLNH: layer.attention.attend(
+                q_BLNH, kv_prefix, visible_prefix, deterministic=True
+            )
+        x_BLD, kv = layer(self._embed(latents), rotation_BL, visible, attend_prefix)
+        cross = cross.write(kv, prefix_len) if prefix_len else LayerCache.of(kv)
         layers = []
         for index, layer in enumerate(self.self_attention):
             x_BLD, kv = layer(x_BLD, self._rotation_of(index, rotation_BL), visible)
-            layers.append(kv)
+            layers.append(LayerCache.of(kv))
         pads_B = jnp.zeros(len(tokens_BS), jnp.int32) if pad_mask is None else pad_mask.sum(1)
         return self._normed(x_BLD), Cache.of_prompt(cross, tuple(layers), pads_B, prefix_len)
 
@@ -121,7 +159,7 @@ class PerceiverAR(nn.Module):
         Source: `generate(use_cache=True)` of perceiver-io 0.11.
         """
         position_B1 = (cache.length - cache.pads_B)[:, None]
-        x_B1D = self._embed(tokens_B[:, None], position_B1)
+        x_B1D = embed(self._tables(), tokens_B[:, None], position_B1)
         rotation_B1 = rotation(position_B1, self.config)
         x_B1D, cross = self.cross_attention.decode_step(
             x_B1D, rotation_B1, cache.cross, *cache.cross_slot_and_mask()
@@ -136,11 +174,10 @@ class PerceiverAR(nn.Module):
         cache = cache.replace(cross=cross, layers=tuple(layers), length=cache.length + 1)
         return self._normed(x_B1D)[:, 0], cache
 
-    def _first_layer(self, inputs: Inputs, prefix_len: int, deterministic: bool = True):
+    def _first_layer(self, inputs, prefix_len, deterministic):
         """The hybrid layer over embedded inputs.
 
-        Returns latents (B, L, D), keys and values of all positions, and what the layers after it
-        take: the latents' rotation and visibility.
+        Returns latents (B, L, D), and what the layers after it take: their rotation and visibility.
         """
         config = self.config
         _check_lengths(inputs.length, prefix_len, config)
@@ -153,23 +190,37 @@ class PerceiverAR(nn.Module):
         visible = latents.visible_from(latents, causal=True)
 
         def hybrid(layer, prefix_BPD, latents_BLD):
-            kv = None
-            if prefix.length or self.is_initializing():  # init makes kv_norm's parameters
+            attend_prefix = None
+            if prefix_len or self.is_initializing():  # init makes kv_norm's parameters
                 kv = layer.prefix_keys_values(prefix_BPD, rotation(prefix.positions_BS, config))
-            x_BLD, kv_latents = layer(
-                latents_BLD,
-                rotation_BL,
-                visible,
-                kv if prefix.length else None,
-                prefix.visible_from(latents, causal=False),
-                deterministic=deterministic,
-            )
-            return x_BLD, kv_latents if kv is None else kv.followed_by(kv_latents)
+                visible_prefix = prefix.visible_from(latents, causal=False)
+                attend_prefix = lambda q_BLNH: layer.attention.attend(
+                    q_BLNH, kv, visible_prefix, deterministic=deterministic
+                )
+            attend_prefix = attend_prefix if prefix_len else None
+            return layer(
+                latents_BLD, rotation_BL, visible, attend_prefix, deterministic=deterministic
+            )[0]
 
-        x_BLD, cross = _remat(nn.remat, hybrid, config)(
-            self.cross_attention, *self._embed_parts(inputs, prefix_len)
-        )
-        return x_BLD, cross, rotation_BL, visible
+        def streamed_hybrid(layer, tables, latents_BLD):
+            attend_prefix = lambda q_BLNH: streamed_prefix.attend(
+                q_BLNH,
+                PrefixParams.of(tables, layer),
+                prefix,
+                latents.segment_ids_BS,
+                config,
+                layer.attention.weights_dropout(deterministic),
+            )
+            return layer(
+                latents_BLD, rotation_BL, visible, attend_prefix, deterministic=deterministic
+            )[0]
+
+        if streamed_prefix.is_streamed(prefix_len, config):
+            hybrid, inputs = streamed_hybrid, (self._tables(), self._embed(latents))
+        else:
+            inputs = self._embed_parts(inputs, prefix_len)
+        x_BLD = _remat(nn.remat, hybrid, config)(self.cross_attention, *inputs)
+        return x_BLD, rotation_BL, visible
 
     def _layers(self, x_BLD, rotation_BL, visible, deterministic):
         """The self-attention layers without their keys and values: remat, scan, dropout."""
@@ -194,18 +245,20 @@ class PerceiverAR(nn.Module):
     def _embed_parts(self, inputs, prefix_len):
         """Prefix (B, P, D) and latents (B, L, D)."""
         if has_context(prefix_len):  # each device embeds its own part of the prefix
-            return [self._embed(x.tokens_BS, x.positions_BS) for x in inputs.split(prefix_len)]
+            return [self._embed(part) for part in inputs.split(prefix_len)]
         # One gather: the gradient of each costs a pass over the whole table.
-        x_BSD = self._embed(inputs.tokens_BS, inputs.positions_BS)
+        x_BSD = self._embed(inputs)
         return x_BSD[:, :prefix_len], x_BSD[:, prefix_len:]
 
-    def _embed(self, tokens_BS, positions_BS):
-        x_BSD = self.token_embedding(tokens_BS)
+    def _embed(self, inputs):
+        return embed(self._tables(), inputs.tokens_BS, inputs.positions_BS)
+
+    def _tables(self):
+        """The embeddings of tokens, and of positions if there are any."""
+        modules = [self.token_embedding]
         if self.config.abs_pos_emb:
-            # While decoding, positions run on past the table; the reference stays at its end.
-            last = self.config.max_seq_len - 1
-            x_BSD += self.position_embedding(jnp.minimum(positions_BS, last))
-        return constrain(x_BSD, "batch", "keys", None)
+            modules.append(self.position_embedding)
+        return tuple(module.embedding for module in modules)
 
     def _normed(self, x_BLD):
         return self.out_norm(x_BLD) if self.config.output_norm else x_BLD.astype(self.config.dtype)
@@ -266,7 +319,5 @@ def _scan(decoder, layers, x_BLD, rotation_BL, key, config):
 def _remat(transform, function, config):
     if config.remat == "none":
         return function
-    policy = None
-    if config.remat == "names":
-        policy = jax.checkpoint_policies.save_only_these_names(*KEPT_NAMES)
+    policy = jax.checkpoint_policies.save_only_these_names(*KEPT_NAMES[config.remat])
     return transform(function, policy=policy, prevent_cse=not config.scan_layers)

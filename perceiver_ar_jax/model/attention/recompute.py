@@ -42,7 +42,7 @@ def attend(
 
 
 def _forward(q_BLNH, k_BKNH, v_BKNH, visibility, dropout, axis):
-    run = functools.partial(_forward_on_keys, axis=axis)
+    run = functools.partial(forward, axis=axis)
     if axis is not None:
         in_specs = _specs_of_inputs(visibility, axis)
         run = on_own_keys(run, axis, in_specs=in_specs, out_specs=(WHOLE, WHOLE))
@@ -54,7 +54,7 @@ def _forward(q_BLNH, k_BKNH, v_BKNH, visibility, dropout, axis):
 
 def _backward(axis, saved, gradients):
     _, _, _, visibility, *_ = saved
-    run = functools.partial(_backward_on_keys, axis=axis)
+    run = functools.partial(backward, axis=axis)
     if axis is not None:
         keys = PartitionSpec(None, axis)
         in_specs = (*_specs_of_inputs(visibility, axis), WHOLE, WHOLE, WHOLE, WHOLE)
@@ -65,7 +65,8 @@ def _backward(axis, saved, gradients):
 attend.defvjp(_forward, _backward)
 
 
-def _forward_on_keys(q_BLNH, k_BKNH, v_BKNH, visibility, dropout, *, axis):
+def forward(q_BLNH, k_BKNH, v_BKNH, visibility, dropout=None, *, axis=None):
+    """Output and log-sum-exp, not differentiable; within `shard_map` where there is an axis."""
     q_BNLH, k_BNKH, v_BNKH = map(_head_major, (q_BLNH, k_BKNH, v_BKNH))
     scores_BNLK = _scores(q_BNLH, k_BNKH, visibility)
     max_BNL1 = largest_visible(scores_BNLK)
@@ -84,7 +85,7 @@ def _forward_on_keys(q_BLNH, k_BKNH, v_BKNH, visibility, dropout, *, axis):
     return out_BLNH.astype(q_BLNH.dtype), lse_BNL
 
 
-def _backward_on_keys(
+def backward(
     q_BLNH,
     k_BKNH,
     v_BKNH,
@@ -95,9 +96,9 @@ def _backward_on_keys(
     dout_BLNH,
     dlse_BNL,
     *,
-    axis,
+    axis=None,
 ):
-    """Gradients from the log-sum-exp, without another sum over keys.
+    """Gradients of queries, keys and values from the log-sum-exp, without another sum over keys.
 
     Weights and their gradients become elementwise ends of matmuls. Source: FlashAttention
     (arXiv 2205.14135), appendix B.2.
