@@ -98,12 +98,14 @@ def logits_of_sliding_windows(model, tokens_1S, prefix_len):
     if config.abs_pos_emb:
         x_1SD += model.position_embedding(jnp.minimum(positions_1S, config.max_seq_len - 1))
     rotation_1P = Rotation(*(x[:, :prefix_len] for x in rotation_1S))
-    x_1LD, _ = model.cross_attention(
+    layer = model.cross_attention
+    kv = layer.prefix_keys_values(x_1SD[:, :prefix_len], rotation_1P)
+    visible_prefix = Window(mask_LK=cross_mask[prefix_len:, :prefix_len])
+    x_1LD, _ = layer(
         x_1SD[:, prefix_len:],
         rotation_1L,
         Window(mask_LK=cross_mask[prefix_len:, prefix_len:]),
-        model.cross_attention.prefix_keys_values(x_1SD[:, :prefix_len], rotation_1P),
-        Window(mask_LK=cross_mask[prefix_len:, :prefix_len]),
+        lambda q: layer.attention.attend(q, kv, visible_prefix, deterministic=True),
     )
     for layer in model.self_attention:
         x_1LD, _ = layer(x_1LD, rotation_1L, Window(mask_LK=self_mask[prefix_len:, prefix_len:]))

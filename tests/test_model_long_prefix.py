@@ -37,10 +37,14 @@ def directions():
     return logits_BLV, float64(random_params(CONFIG, seed=2))
 
 
-@pytest.fixture(scope="module", params=[name for name in IMPLEMENTATIONS if name not in FUSED])
+VARIANTS = [{"attention": name} for name in IMPLEMENTATIONS if name not in FUSED]
+VARIANTS += [{"prefix_chunk": 1024}]
+
+
+@pytest.fixture(scope="module", params=VARIANTS, ids=str)
 def ours(request, tokens, directions):
     """Logits, and gradients of their weighted sum: one optimised program, as in a run."""
-    model = PerceiverAR(CONFIG.replace(attention=request.param))
+    model = PerceiverAR(CONFIG.replace(**request.param))
 
     def weighted_sum(params):
         logits = model.apply({"params": params}, tokens, PREFIX_LEN, PADS)

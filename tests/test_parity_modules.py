@@ -142,13 +142,9 @@ def test_cross_attention_layer(pair):
     )
 
     def run(layer):
-        return layer(
-            latents,
-            pair.rotation_of_latents,
-            VISIBLE_LATENTS,
-            layer.prefix_keys_values(prefix, pair.rotation_of_prefix),
-            VISIBLE_PREFIX,
-        )[0]
+        kv = layer.prefix_keys_values(prefix, pair.rotation_of_prefix)
+        attend_prefix = lambda q: layer.attention.attend(q, kv, VISIBLE_PREFIX, deterministic=True)
+        return layer(latents, pair.rotation_of_latents, VISIBLE_LATENTS, attend_prefix)[0]
 
     module = CrossAttentionLayer(pair.config)
     pair.assert_same(module, "cross_attention", run, expected.last_hidden_state)

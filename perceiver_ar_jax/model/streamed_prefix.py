@@ -202,6 +202,7 @@ def _merged(attend_to: Callable, q_BLNH, length, chunk):
 
 def _over_chunks(step: Callable, carry, length: int, chunk: int):
     """`carry = step(carry, start, size)` for consecutive chunks, first what does not fill one."""
+    chunk = min(chunk, length)  # a device of the context axis may hold less
     rest = length % chunk
     if rest:
         carry = step(carry, 0, rest)
