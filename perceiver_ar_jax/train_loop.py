@@ -200,7 +200,7 @@ class _Loop:
             self._read_metrics()
         self.step += 1
         read_tokens = int((~arrays["pad_mask"]).sum()) * batch_share(self.mesh)[1]
-        self.in_flight = self.step, metrics, read_tokens
+        self.in_flight = self.step, metrics, read_tokens, self.loader.retries
         if profile.num_steps and self.step == profile.first_step + profile.num_steps:
             self._read_metrics()
             jax.profiler.stop_trace()

@@ -57,7 +57,7 @@ def test_windows_evaluations_saves_and_the_start_add_up_to_all_time(tmp_path, cl
     for step in range(1, 11):
         report.timed_wait(lambda: clock.work(0.25))
         clock.work(1.75)
-        report.read(step, step_metrics(), read_tokens=200)
+        report.read(step, step_metrics(), read_tokens=200, data_retries=step)
         if step == 6:  # in the middle of a window
             clock.work(20)
             report.evaluation(step, 1.0, 1.0)
@@ -75,6 +75,7 @@ def test_windows_evaluations_saves_and_the_start_add_up_to_all_time(tmp_path, cl
         assert line["perf/trained_tokens_per_sec"] == 50
         assert line["perf/mfu"] == 0.25
         assert line["data/wait_share"] == 0.125
+        assert line["data/retries"] == line["step"]
     (evaluation,) = (line for line in metrics(tmp_path) if "eval/loss" in line)
     assert evaluation["perf/eval_seconds"] == 20
     kept = json.loads((tmp_path / "goodput.json").read_text())
@@ -148,7 +149,7 @@ def test_a_log_line_computes_nothing_on_a_device(tmp_path, clock, monkeypatch):
     monkeypatch.setattr("jax._src.compiler.compile_or_get_cached", refuse)
     monkeypatch.setattr("jax.device_put", refuse)
     clock.work(1)
-    report.read(1, step_metrics(), read_tokens=1)
+    report.read(1, step_metrics(), read_tokens=1, data_retries=0)
     report.close()
     assert metrics(tmp_path)[0]["optim/learning_rate"] == 0.0
 

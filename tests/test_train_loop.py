@@ -51,6 +51,7 @@ def test_a_run_learns_and_leaves_its_files(straight):
         "perf/tokens_per_sec",
         "perf/trained_tokens_per_sec",
         "data/wait_share",
+        "data/retries",
     } <= line.keys()
 
 

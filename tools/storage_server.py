@@ -69,7 +69,7 @@ class StorageServer(ThreadingHTTPServer):
     @contextlib.contextmanager
     def running(self) -> Iterator["StorageServer"]:
         """Serves in a thread."""
-        thread = threading.Thread(target=self.serve_forever)
+        thread = threading.Thread(target=self.serve_forever, args=(0.02,))
         thread.start()
         try:
             yield self

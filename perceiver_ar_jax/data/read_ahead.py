@@ -30,8 +30,8 @@ class ReadAhead:
         return self._pending.pop(place).result()
 
     def close(self) -> None:
-        """Gives up what is pending."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """Gives up what has not begun, and waits for what has."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 def read_in_order(read: Callable[[int], Any], count: int) -> Iterator[Any]:

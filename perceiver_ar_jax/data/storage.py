@@ -1,6 +1,7 @@
 """Byte ranges of files, local or in a bucket; what the network loses is asked for again."""
 
 import asyncio
+import functools
 import inspect
 import os
 import random
@@ -8,7 +9,8 @@ import threading
 import time
 import types
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import fsspec
 from etils import epath
@@ -66,30 +68,22 @@ def read_range(path: str, start: int, end: int) -> bytes:
         if len(data) != end - start:
             raise ValueError(f"{path} ends before byte {end:,}")
         return data
-    for attempt in range(MAX_ATTEMPTS):
-        if attempt:
-            retries.add()
-            time.sleep(FIRST_PAUSE * 2 ** (attempt - 1) * random.uniform(0.5, 1))
-        try:
-            data = _request(path, start, end)
-            if len(data) == end - start:
-                return data
-            problem = f"{len(data):,} bytes instead of {end - start:,}"
-        except (FileNotFoundError, PermissionError) as error:
-            raise ValueError(f"cannot read {path}: {_describe(error)}") from error
-        except Exception as error:  # network libraries raise exceptions of many unrelated types
-            if not _is_transient(error):
-                raise ValueError(f"cannot read {path}: {_describe(error)}") from error
-            problem = _describe(error)
-    raise StorageError(f"{path}, byte {start:,}: {MAX_ATTEMPTS} attempts failed, last: {problem}")
+
+    def request() -> bytes:
+        data = _call(path, "cat_file", start=start, end=end)
+        if len(data) != end - start:
+            raise ConnectionError(f"{len(data):,} bytes instead of {end - start:,}")
+        return data
+
+    return _retried(f"{path}, byte {start:,}", request)
 
 
 def file_sizes(paths: Sequence[str]) -> list[int | None]:
     """The size of each file, None where there is none; one listing per folder of a bucket."""
     folders = defaultdict(dict)
     for folder in {path.rpartition("/")[0] for path in paths if is_remote(path)}:
-        file_system = _file_system(folder)
-        for entry in file_system.ls(folder, detail=True):
+        entries = _retried(folder, functools.partial(_call, folder, "ls", detail=True))
+        for entry in entries:
             folders[folder][entry["name"].rpartition("/")[2]] = entry["size"]
 
     def size(path: str) -> int | None:
@@ -101,15 +95,28 @@ def file_sizes(paths: Sequence[str]) -> list[int | None]:
     return [size(path) for path in paths]
 
 
-def _request(path: str, start: int, end: int) -> bytes:
+def _retried(what: str, request: Callable[[], Any]) -> Any:
+    for attempt in range(MAX_ATTEMPTS):
+        if attempt:
+            retries.add()
+            time.sleep(FIRST_PAUSE * 2 ** (attempt - 1) * random.uniform(0.5, 1))
+        try:
+            return request()
+        except Exception as error:  # network libraries raise exceptions of many unrelated types
+            problem = _describe(error)
+            if not _is_transient(error):
+                raise ValueError(f"cannot read {what}: {problem}") from error
+    raise StorageError(f"{what}: {MAX_ATTEMPTS} attempts failed, the last with {problem}")
+
+
+def _call(path: str, method: str, **arguments) -> Any:
     file_system = _file_system(path)
     if not file_system.async_impl:
-        return file_system.cat_file(path, start=start, end=end)
+        return getattr(file_system, method)(path, **arguments)
 
     async def with_limit():
-        return await asyncio.wait_for(
-            file_system._cat_file(path, start=start, end=end), STALL_SECONDS
-        )
+        coroutine = getattr(file_system, f"_{method}")(path, **arguments)
+        return await asyncio.wait_for(coroutine, STALL_SECONDS)
 
     return asyncio.run_coroutine_threadsafe(with_limit(), file_system.loop).result()
 
@@ -133,6 +140,8 @@ def _file_system(path: str) -> fsspec.AbstractFileSystem:
 
 
 def _is_transient(error: Exception) -> bool:
+    if isinstance(error, FileNotFoundError | PermissionError):
+        return False
     code = getattr(error, "code", None)  # of gcsfs's HttpError
     if code is not None:
         return int(code) in _TRANSIENT_CODES

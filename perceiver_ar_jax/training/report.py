@@ -72,8 +72,10 @@ class Report:
         self._waited += self._timeline.clock() - start
         return result
 
-    def read(self, step: int, metrics: dict[str, Any], read_tokens: int) -> None:
+    def read(self, step: int, metrics: dict[str, Any], read_tokens: int, data_retries: int) -> None:
         """Reads the metrics of a finished step.
+
+        `data_retries` counts the repeated requests for data since the start.
 
         Raises:
           NonFiniteError: if the loss or the gradient norm is not finite.
@@ -85,6 +87,7 @@ class Report:
         self._seconds += seconds
         self._losses.append(values["loss"])
         self._read_tokens += read_tokens
+        self._data_retries = data_retries
         self._trained_tokens += values["tokens"]
         finite = all(map(math.isfinite, values.values()))
         self._last = values
@@ -111,6 +114,7 @@ class Report:
             "perf/trained_tokens_per_sec": trained_per_second,
             "perf/model_tflops_per_device": flops_per_second / 1e12,
             "data/wait_share": self._waited / seconds,
+            "data/retries": self._data_retries,
         }
         if self._peak_flops is not None:
             line["perf/mfu"] = flops_per_second / self._peak_flops
