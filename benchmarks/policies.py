@@ -15,12 +15,11 @@ import itertools
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from perceiver_ar_jax import load_pretrained
 from perceiver_ar_jax.data.sources import open_source
-from perceiver_ar_jax.generation.context import Context
+from perceiver_ar_jax.evaluation.generation_quality import nats_of_new_tokens
 from perceiver_ar_jax.generation.policies import POLICIES
 
 
@@ -64,27 +63,6 @@ def read_rows(args, tokenizer) -> np.ndarray:
         if len(stream) >= args.rows * length:
             return np.array(stream[: args.rows * length]).reshape(args.rows, length)
     raise SystemExit(f"{args.text} has {len(stream)} tokens, fewer than {args.rows} × {length}")
-
-
-def nats_of_new_tokens(params, tokens_BS, *, model, policy, prompt_len, num_latents):
-    """-log p of each token after the prompt, (B, S - prompt_len)."""
-    variables = {"params": params}
-    prompt_BS, new_BT = tokens_BS[:, :prompt_len], tokens_BS[:, prompt_len:]
-    hidden_BLD, cache = model.apply(
-        variables, prompt_BS, prompt_len - num_latents, method="prefill"
-    )
-    context = Context(prompt_BS, hidden_BLD, cache)
-    state = policy.start(context, new_BT.shape[1], model.config)
-
-    def read(carry, token_B):
-        hidden_BD, state = carry
-        logits_BV = model.apply(variables, hidden_BD[:, None], method="logits")[:, 0]
-        log_probs_BV = jax.nn.log_softmax(logits_BV)
-        nats_B = -jnp.take_along_axis(log_probs_BV, token_B[:, None], axis=1)[:, 0]
-        return policy.step(model, params, token_B, state), nats_B
-
-    _, nats_TB = jax.lax.scan(read, (hidden_BLD[:, -1], state), new_BT.T)
-    return nats_TB.T
 
 
 def stretches_of(args, config) -> list[tuple[int, int]]:

@@ -29,6 +29,11 @@ def counted(batches, num_latents: int):
     return found
 
 
+def places(batches):
+    """`batches.places` of all steps, joined."""
+    return np.concatenate([batches.places(step) for step in range(len(batches))], axis=1)
+
+
 @pytest.mark.parametrize("respect_documents", [False, True])
 @pytest.mark.parametrize(
     ("num_latents", "stride"), [(1, 1), (3, None), (5, 2), (5, None), (8, 3), (8, 8)]
@@ -64,7 +69,7 @@ def test_every_token_counts_once_with_all_available_context(
     context_K = np.array([len(context) for _, context in found])
     if respect_documents:  # the source of target i is token i
         context_K = np.minimum(context_K, [i + 1 - starts[i] for i in range(len(found))])
-    got_positions, got_contexts, _ = batches.places(0, batches.num_tokens)
+    got_positions, got_contexts, _ = places(batches)
     np.testing.assert_array_equal(got_positions, positions)
     np.testing.assert_array_equal(got_contexts, context_K)
 
@@ -73,7 +78,7 @@ def test_of_what_a_target_reads_the_positions_before_the_latents_are_prefix(tmp_
     source = write_jsonl(tmp_path / "x.jsonl", ["x" * 29])
     config = DataConfig(source, min_seq_len=8, max_seq_len=8)
     batches = evaluation_batches(config, BYTES, num_latents=6, stride=3)
-    _, contexts, prefixes = batches.places(0, 30)
+    _, contexts, prefixes = places(batches)
     # Windows end at 3, 6, 9, ...; the first two are shorter than the latents or just fit them.
     np.testing.assert_array_equal(prefixes, [0] * 6 + [2] * 24)
     np.testing.assert_array_equal(contexts, [1, 2, 3, 4, 5, 6] + [6, 7, 8] * 8)

@@ -64,6 +64,7 @@ def test_tables_cover_every_token_and_words_and_bytes_are_those_of_the_text(tmp_
     result = evaluate_in_detail(random_params(config), batches, model=PerceiverAR(config))
     assert (result.num_tokens, result.num_bytes, result.num_words) == (20, 19, 3)
     assert set(result.tables) == {"by_position", "by_context", "by_prefix"}
+    assert result.tables["by_context"][-1]["to"] == config.max_seq_len
     for table in result.tables.values():
         assert sum(row["tokens"] for row in table) == 20
         nats = sum(row["tokens"] * row["nats_per_token"] for row in table)

@@ -1,8 +1,8 @@
 """Draws the tables of an evaluation, as evaluate.py --output writes them, as SVG.
 
-    python tools/plot_evaluation.py RESULT.json [--output=evaluation.svg]
+    python tools/plot_evaluation.py RESULT.json … [--output=evaluation.svg]
 
-One panel for each table that the file has: the loss by place in the document and by how much the
+One panel for each table that the files have: the loss by place in the document and by how much the
 model read, or what a probe found.
 """
 
@@ -39,6 +39,20 @@ PLOTS = {
     ),
     "by_prefix": Plot(
         "Nats per token, by prefix", "tokens of it that were prefix", {"nats_per_token": "nats"}
+    ),
+    "prefix": Plot(
+        "Nats per token, by length of the prefix", "tokens of prefix",
+        {"nats_per_token": "nats"}, x="prefix",
+    ),
+    "passkey": Plot(
+        "Nats per token of a pass key", "tokens between the key and the question",
+        {"nats_per_token": "said", "other_key_nats_per_token": "another was said"},
+        x="distance", log=True,
+    ),
+    "repetition": Plot(
+        "Nats per random token", "random tokens before they repeat",
+        {"first_nats_per_token": "first time", "second_nats_per_token": "second time"},
+        x="length", log=True,
     ),
 }  # fmt: skip
 
@@ -81,17 +95,17 @@ def _draw_table(drawing: Drawing, box: Box, rows: list[dict[str, float]], plot: 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("result", type=Path)
-    parser.add_argument("--output", type=Path, help="default: beside the result, as .svg")
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--output", type=Path, help="default: beside the first result, as .svg")
     arguments = parser.parse_args()
-    output = arguments.output or arguments.result.with_suffix(".svg")
+    output = arguments.output or arguments.results[0].with_suffix(".svg")
+    result: dict[str, Any] = {}
     try:
-        result = json.loads(arguments.result.read_text(encoding="utf-8"))
-        if not isinstance(result, dict):
-            raise ValueError("not an object")
+        for path in arguments.results:
+            result |= json.loads(path.read_text(encoding="utf-8"))
         draw(result, f"Evaluation of {result.get('model')}").save(output)
     except (ValueError, KeyError, TypeError, OSError) as error:
-        print(f"plot_evaluation.py: {arguments.result}: {error}", file=sys.stderr)
+        print(f"plot_evaluation.py: {path}: {error}", file=sys.stderr)
         return 2
     print(output)
     return 0

@@ -22,6 +22,7 @@ class EvaluationBatches:
     Attributes:
       stride: how many targets a window adds, at most the number of its latents.
       prefix_len: the positions of a window before its latents.
+      stream: (T,) int32, all tokens, an eos before them.
       num_tokens: targets with weight 1, over all processes: every token of the text, and the eos of
         each document, or what the documents count.
       num_bytes: the UTF-8 bytes of the text; nats / log(2) / num_bytes are bits per byte.
@@ -63,31 +64,34 @@ class EvaluationBatches:
                 pad_id=self._pad_id,
                 with_segment_ids=self._config.respect_documents,
             )
-            first = step * self._rows + self._first_row
-            windows_B3 = self._windows_W3[first : first + self._config.batch_size]
-            for row, window in enumerate(windows_B3):
+            for row, window in enumerate(self._windows_of(step)):
                 self._write_window(rows, row, *window)
             yield rows
 
-    def places(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Where the counted targets [first, last) of the text are, in the order of all windows.
+    def places(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where the targets that batch `step` counts are in the text, in the order of its rows.
 
         Returns:
           How many tokens of its document precede each target; how many tokens the model reads to
           predict it, those of its document only if documents are respected; and how many of these
           are prefix.
         """
-        sources = np.arange(first, last)  # the place in the stream of the token before each target
-        ends = np.minimum((sources // self.stride + 1) * self.stride, self.num_tokens)
-        visible = np.maximum(0, ends - self._config.max_seq_len)
-        if self._config.respect_documents:
-            visible = np.maximum(visible, self._document_start(sources))
-        first_latents = ends - (self._config.max_seq_len - self.prefix_len)
-        return (
-            sources + 1 - self._document_start(sources + 1),
-            sources + 1 - visible,
-            np.maximum(0, first_latents - visible),
-        )
+        parts = [np.zeros((3, 0), int)]
+        for first, begin, end in self._windows_of(step):
+            targets = begin + 1 + np.flatnonzero(self._counted[begin + 1 : end + 1])
+            visible = np.full(len(targets), max(first, end - self._config.max_seq_len))
+            if self._config.respect_documents:
+                visible = np.maximum(visible, self._document_start(targets - 1))
+            first_latent = end - (self._config.max_seq_len - self.prefix_len)
+            position = targets - self._document_start(targets)
+            prefix = np.maximum(0, first_latent - visible)
+            parts.append(np.array([position, targets - visible, prefix]))
+        positions, contexts, prefixes = np.concatenate(parts, axis=1)
+        return positions, contexts, prefixes
+
+    def _windows_of(self, step: int) -> np.ndarray:
+        first = step * self._rows + self._first_row
+        return self._windows_W3[first : first + self._config.batch_size]
 
     def _document_start(self, places: np.ndarray) -> np.ndarray:
         documents = np.searchsorted(self._document_starts, places, side="right") - 1
@@ -114,7 +118,7 @@ class EvaluationBatches:
                 starts.append(length)
         if length == 1:
             raise ValueError(f"{self._config.source} has no text in {self._config.split}")
-        self._stream, self._counted = np.concatenate(parts), np.concatenate(counted)
+        self.stream, self._counted = np.concatenate(parts), np.concatenate(counted)
         self._document_starts = np.array(starts)
 
     def _windows(self) -> Iterator[tuple[int, int, int]]:
@@ -123,7 +127,7 @@ class EvaluationBatches:
         Window n predicts what follows the `stride` tokens from n * stride; the last window ends
         with the stream.
         """
-        length = len(self._stream) - 1
+        length = len(self.stream) - 1
         for begin in range(0, length, self.stride):
             yield 0, begin, min(begin + self.stride, length)
 
@@ -145,7 +149,7 @@ class EvaluationBatches:
         write_window(
             rows,
             row,
-            self._stream[start : end + 1],
+            self.stream[start : end + 1],
             documents - documents[0] + 1,
             counted=counted,
         )

@@ -39,7 +39,7 @@ class _Window(NamedTuple):
 
 def score_sequences(
     pretrained: Pretrained,
-    sequences: Sequence[tuple[np.ndarray, int]],
+    sequences: Sequence[tuple[np.ndarray | Sequence[int], int]],
     *,
     batch_size: int | None = None,
     what: str = "batches",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -14,7 +15,7 @@ from perceiver_ar_jax.model import PerceiverAR
 from perceiver_ar_jax.parallel import one_at_a_time
 from perceiver_ar_jax.training import Batch, eval_step, token_log_probs
 
-Table = list[dict[str, float]]
+Table = list[dict[str, Any]]  # rows of plain numbers and names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,20 +92,18 @@ def evaluate_in_detail(
     """
     step = functools.partial(_compiled(token_log_probs, model, batches.prefix_len), params)
     tables = {
-        "by_position": _LossTable([0, *(2**i for i in range(31))]),
-        "by_context": _LossTable(_edges(1, model.config.max_seq_len)),
-        "by_prefix": _LossTable(_edges(0, batches.prefix_len)),
+        "by_position": _LossTable([0, *(2**i for i in range(32))], last=2**32),
+        "by_context": _LossTable.of_equal_ranges(1, model.config.max_seq_len),
+        "by_prefix": _LossTable.of_equal_ranges(0, batches.prefix_len),
     }
-    done, nats = 0, 0.0
-    for nats_K in _counted_nats(step, track(batches), batches.prefix_len):
-        for table, values_K in zip(
-            tables.values(), batches.places(done, done + len(nats_K)), strict=True
-        ):
+    tokens, nats = 0, 0.0
+    for index, nats_K in enumerate(_counted_nats(step, track(batches), batches.prefix_len)):
+        for table, values_K in zip(tables.values(), batches.places(index), strict=True):
             table.add(values_K, nats_K)
-        done += len(nats_K)
+        tokens += len(nats_K)
         nats += nats_K.sum()
     rows = {name: table.rows() for name, table in tables.items()}
-    return dataclasses.replace(_evaluation(nats, done, batches), tables=rows)
+    return dataclasses.replace(_evaluation(nats, tokens, batches), tables=rows)
 
 
 def _counted_nats(step, batches, prefix_len) -> Iterator[np.ndarray]:
@@ -135,36 +134,35 @@ def _evaluation(nats: float, tokens: float, batches: EvaluationBatches) -> Evalu
 
 
 class _LossTable:
-    """Sums of nats over ranges of a value; `edges` are the ranges' first values."""
+    """Sums of nats over ranges of a value, each from one of `edges` up to before the next."""
 
-    def __init__(self, edges):
-        self._edges = np.array(edges)
+    def __init__(self, edges, last):
+        self._edges = np.array([*edges, last + 1])
         self._tokens, self._nats = np.zeros((2, len(edges)))
+
+    @classmethod
+    def of_equal_ranges(cls, first, last):
+        """At most 17 ranges, of equal width."""
+        return cls(range(first, last + 1, max(1, -(-(last - first) // 16))), last)
 
     def add(self, values_K, nats_K):
         bins_K = np.searchsorted(self._edges, values_K, side="right") - 1
-        self._tokens += np.bincount(bins_K, minlength=len(self._edges))
-        self._nats += np.bincount(bins_K, nats_K, minlength=len(self._edges))
+        self._tokens += np.bincount(bins_K, minlength=len(self._nats))
+        self._nats += np.bincount(bins_K, nats_K, minlength=len(self._nats))
 
     def rows(self) -> Table:
-        last = [*(self._edges[1:] - 1), self._edges[-1]]
+        sums = zip(itertools.pairwise(self._edges.tolist()), self._tokens.tolist(),
+                   self._nats.tolist(), strict=True)  # fmt: skip
         return [
             {
-                "from": int(low),
-                "to": int(high),
+                "from": low,
+                "to": next_low - 1,
                 "tokens": int(tokens),
                 "nats_per_token": nats / tokens,
             }
-            for low, high, tokens, nats in zip(
-                self._edges, last, self._tokens, self._nats.tolist(), strict=True
-            )
+            for (low, next_low), tokens, nats in sums
             if tokens
         ]
-
-
-def _edges(first, last):
-    """At most 17 ranges of equal width from `first` to `last`."""
-    return range(first, last + 1, max(1, -(-(last - first) // 16)))
 
 
 @functools.cache
