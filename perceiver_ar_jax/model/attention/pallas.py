@@ -4,7 +4,7 @@ Neither writes scores to memory. Both hold them as (keys, queries), so that the 
 query are rows along the lanes. The backward kernel keeps dq of all queries of a head in VMEM while
 the keys pass by, so that it computes the scores once and makes five matmuls of a block, where
 separate kernels for dq and for dk and dv need seven. That is possible because Perceiver AR has few
-queries; `MAX_QUERIES` is the limit. Away from TPUs the kernels are interpreted: exact, and slow.
+queries; `takes` says how many. Away from TPUs the kernels are interpreted: exact, and slow.
 
 Source: FlashAttention (arXiv 2205.14135), algorithms 1 and 4.
 """
@@ -26,7 +26,7 @@ from perceiver_ar_jax.parallel import platform_in_use
 LANES = 128
 HIDDEN_KEY = -(2**31)  # the segment of keys that no query sees
 
-# Matmuls of (keys, H) and (queries, H) to (keys, queries), and of (keys, ·) and (keys, ·).
+# Contractions of (keys, H) with (queries, H), and of (keys, H) with (keys, queries).
 BY_CHANNEL = (((1,), (1,)), ((), ()))
 BY_KEY = (((0,), (0,)), ((), ()))
 
@@ -106,7 +106,7 @@ def backward(
     specs = _Specs(call, query_axis=3, key_axis=2)
     shape_BN = call.batch, call.heads
     f32 = functools.partial(pltpu.VMEM, dtype=jnp.float32)
-    keys_HK = call.blocks.keys, call.width
+    shape_KH = call.blocks.keys, call.width
     dq_BNLH, dk_BNKH, dv_BNKH = pl.pallas_call(
         functools.partial(_backward_kernel, call=call),
         name="attention_backward",
@@ -128,8 +128,8 @@ def backward(
         ],
         scratch_shapes=[
             f32((call.query_blocks, call.width, call.blocks.queries)),
-            f32(keys_HK),
-            f32(keys_HK),
+            f32(shape_KH),
+            f32(shape_KH),
         ],
         compiler_params=_compiler_params("arbitrary", "arbitrary"),
         cost_estimate=call.cost(
