@@ -30,13 +30,16 @@ def header(
     kind = mesh.devices.flat[0].device_kind
     processes = _count(jax.process_count(), "process", "es")
     yield f"devices    {mesh.size} × {kind} in {processes}, mesh {axes}{fitted}"
-    data = loader.fingerprint
+    sources = loader.fingerprint.get("sources", [loader.fingerprint])
+    splits = " and ".join(dict.fromkeys(source["split"] for source in sources))
+    records = sum(source["records"] for source in sources)
     in_files = ""
-    if "files" in data:
-        in_files = f" in {_count(data['files'], 'file')}, {data['bytes'] / 1e6:,.1f} MB"
+    if files := sum(source.get("files", 0) for source in sources):
+        size = sum(source.get("bytes", 0) for source in sources)
+        in_files = f" in {_count(files, 'file')}, {size / 1e6:,.1f} MB"
     yield (
-        f"data       {run.train_data.source}, {data['split']}: "
-        f"{_count(data['records'], 'record')}{in_files}; evaluation on "
+        f"data       {run.train_data.source}, {splits}: "
+        f"{_count(records, 'record')}{in_files}; evaluation on "
         f"{run.eval_data.split}; tokenizer {run.data.tokenizer}, {tokenizer.vocab_size:,} ids"
     )
     shortest, longest = run.train_data.min_seq_len, run.train_data.max_seq_len

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 
 @dataclasses.dataclass(frozen=True)
@@ -9,6 +10,8 @@ class DataConfig:
     looked up in $TFDS_DATA_DIR, otherwise in ~/tensorflow_datasets), or a file, a folder or a glob
     of `.jsonl` (documents under the key "text") or plain text (one document per file, read in
     pieces).
+    Several sources with weights are one string, `c4/en:3.0.1:0.9,mine/*.jsonl:0.1`: each training
+    window comes from one of them, drawn by weight; evaluation reads one after the other.
     `split` may be a slice, `train[:1%]`. Of files `train` is everything and `validation` the last
     2 %.
 
@@ -45,9 +48,40 @@ class DataConfig:
             problems.append(f"min_seq_len {self.min_seq_len} > max_seq_len {self.max_seq_len}")
         if not self.source:
             problems.append("source is empty")
+        else:
+            try:
+                split_sources(self.source)
+            except ValueError as error:
+                problems.append(str(error))
         if problems:
             raise ValueError("DataConfig: " + "; ".join(problems))
 
 
 def _is_at_least(low: int, value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def split_sources(source: str) -> list[tuple[str, float]]:
+    """(source, weight) of each of `a:0.9,b:0.1`; anything else is one source with weight 1.
+
+    Raises:
+      ValueError: some parts have a weight and others do not, or a weight is not above 0.
+    """
+    parts = [part.strip().rpartition(":") for part in source.split(",")]
+    numbers = [_number(weight) for _, _, weight in parts]
+    if len(parts) == 1 or all(number is None for number in numbers):
+        return [(source, 1.0)]
+    for (name, _, _), number, text in zip(parts, numbers, source.split(","), strict=True):
+        if not name or number is None or not 0 < number < math.inf:
+            raise ValueError(
+                f"source {text.strip()!r} needs a weight above 0: name:weight, such as "
+                "c4/en:3.0.1:0.9"
+            )
+    return [(name, number) for (name, _, _), number in zip(parts, numbers, strict=True)]
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

@@ -1,5 +1,7 @@
 """What the pipeline reads: documents of tokens, of any modality."""
 
+import bisect
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -33,6 +35,37 @@ class DocumentSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> TokenDocument: ...
+
+
+class JoinedDocuments:
+    """The documents of several sources, one source after the other.
+
+    Raises:
+      ValueError: the documents of one are windows, which are evaluated alone.
+    """
+
+    documents_are_windows = False
+
+    def __init__(self, sources: Sequence[DocumentSource]):
+        if any(source.documents_are_windows for source in sources):
+            raise ValueError("a copy task cannot be evaluated together with other sources")
+        self._sources = sources
+        self._ends = list(itertools.accumulate(map(len, sources)))
+        self.eos_id, self.pad_id = sources[0].eos_id, sources[0].pad_id
+        self.oddities = tuple(dict.fromkeys(name for one in sources for name in one.oddities))
+        self.fingerprint = {"sources": [dict(source.fingerprint) for source in sources]}
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> TokenDocument:
+        number = bisect.bisect_right(self._ends, index)
+        source = self._sources[number]
+        return source[index - self._ends[number] + len(source)]
+
+    def in_order(self) -> Iterator[TokenDocument]:
+        """All documents from the first to the last."""
+        return itertools.chain.from_iterable(map(in_order, self._sources))
 
 
 class DocumentBlocks(Protocol):

@@ -10,7 +10,7 @@ from absl import flags
 
 from perceiver_ar_jax.data.config import DataConfig
 from perceiver_ar_jax.data.documents import DocumentSource
-from perceiver_ar_jax.data.opening import open_documents
+from perceiver_ar_jax.data.opening import open_weighted_documents
 from perceiver_ar_jax.data.rows import pad_rows
 from perceiver_ar_jax.data.windows import OrderedBlocks, WindowDataset, oddities_of
 from perceiver_ar_jax.tokenizers import Tokenizer
@@ -187,7 +187,7 @@ def make_loader(
     Raises:
       ValueError: the data is missing or unreadable; the message says what was found.
     """
-    documents = open_documents(config, tokenizer)
+    documents = open_weighted_documents(config, tokenizer)
     return Loader(config, documents, process_index=process_index, process_count=process_count)
 
 
