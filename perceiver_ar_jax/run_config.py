@@ -33,7 +33,7 @@ AT_LEAST = {
 class DataSettings:
     """Where the text comes from."""
 
-    source: str = ""  # a name such as c4/en:3.0.1, a directory, file, folder or glob; mirror:128
+    source: str = ""  # c4/en:3.0.1, a directory, file, folder or glob; mirror:128; a:0.9,b:0.1
     tokenizer: str = "bytes"  # or a SentencePiece .model file, a tokenizer.json, a hub id
     train_split: str = "train"  # of files: all that eval_split does not take
     eval_split: str = "validation"  # of files: the last 2 %
