@@ -30,7 +30,7 @@ def forward(
     padding = _Padding(visibility, q_BLNH.shape[1])
     arrays = padding.rolled(q_BLNH, k_BKNH, v_BKNH)
     if platform_in_use() == "gpu":
-        # The public function rounds the log-sum-exp to bf16, which makes a merge wrong by percents.
+        # The public function rounds the log-sum-exp to bf16: a merge is then wrong by up to 2 %.
         from jax._src.cudnn import fused_attention_stablehlo as kernels
 
         causal, padded = visibility.causal, padding.lengths_B is not None
