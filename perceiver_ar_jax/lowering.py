@@ -40,7 +40,7 @@ def lower_train_step(run: RunConfig, mesh: Mesh) -> jax.stages.Lowered:
     step = functools.partial(
         train_step,
         model=PerceiverAR(run.model),
-        prefix_len=run.model.max_prefix_len,
+        prefix_len=run.prefix_len,
         key=jax.random.key(run.seed),
         microbatches=run.microbatches,
     )

@@ -20,6 +20,7 @@ AT_LEAST = {
     "seed": 0,
     "steps": 1,
     "batch_size": 1,
+    "latent_windows": 1,
     "microbatches": 1,
     "log_every": 1,
     "eval_every": 1,
@@ -92,6 +93,7 @@ class RunConfig:
     seed: int = 0
     steps: int = 50_000
     batch_size: int = 64  # windows per step, over all devices
+    latent_windows: int = 1  # windows of max_latents that a step trains in each sequence
     microbatches: int = 1  # gradient accumulation: each device holds the activations of one
     log_every: int = 50
     eval_every: int = 1000
@@ -144,6 +146,11 @@ class RunConfig:
         return run
 
     @property
+    def prefix_len(self) -> int:
+        """Of a training sequence: what its windows of latents leave."""
+        return self.model.max_seq_len - self.latent_windows * self.model.max_latents
+
+    @property
     def train_data(self) -> DataConfig:
         """The whole batch's; each process reads its share."""
         return self._data_config(
@@ -193,6 +200,16 @@ class RunConfig:
             yield (
                 f"sample.num_latents {self.sample.num_latents} exceeds model.max_latents "
                 f"{self.model.max_latents}"
+            )
+        if whole and self.prefix_len < 0:
+            yield (
+                f"latent_windows {self.latent_windows} of {self.model.max_latents} latents do not "
+                f"fit into max_seq_len {self.model.max_seq_len}"
+            )
+        if self.latent_windows != 1 and self.model.cross_attention_dropout:
+            yield (
+                "latent_windows above 1 needs model.cross_attention_dropout=0: it is drawn for one "
+                "prefix"
             )
         if not self.data.source:
             yield (

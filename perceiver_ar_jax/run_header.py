@@ -43,9 +43,10 @@ def header(
         f"{run.eval_data.split}; tokenizer {run.data.tokenizer}, {tokenizer.vocab_size:,} ids"
     )
     shortest, longest = run.train_data.min_seq_len, run.train_data.max_seq_len
+    trained = run.batch_size * (longest - run.prefix_len)
     yield (
         f"step       {run.batch_size:,} windows of {shortest:,} to {longest:,} tokens, at most "
-        f"{run.batch_size * longest:,} read and {run.batch_size * model.max_latents:,} trained on"
+        f"{run.batch_size * longest:,} read and {trained:,} trained on"
     )
     yield (
         f"schedule   {_count(run.steps, 'step')}, learning rate {optimizer.learning_rate:g} after "

@@ -312,7 +312,7 @@ def _report(
     productive: float,
 ) -> Report:
     chip = chip_of(jax.devices()[0].device_kind)
-    flops = training_flops(run.model, run.model.max_prefix_len, run.model.max_latents)
+    flops = training_flops(run.model, run.prefix_len, run.model.max_latents, run.latent_windows)
     goodput_file = workdir / "goodput.json" if is_first() else None
     return Report(
         workdir,

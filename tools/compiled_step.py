@@ -123,7 +123,7 @@ def compile_step(
             raise DoesNotFitError(next(line for line in lines if line)) from None
         program = Program.from_dump(Path(folder))
     memory = compiled.memory_analysis()
-    flops = training_flops(model, model.max_prefix_len, model.max_latents)
+    flops = training_flops(model, run.prefix_len, model.max_latents, run.latent_windows)
     return CompiledStep(
         chip=chip,
         num_devices=len(devices),

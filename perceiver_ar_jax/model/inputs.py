@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from perceiver_ar_jax.model.attention import Visibility
+from perceiver_ar_jax.model.latent_windows import as_rows
 from perceiver_ar_jax.model.positions import positions, positions_in_segments
 
 
@@ -47,10 +48,21 @@ class Inputs(NamedTuple):
         """`size` consecutive columns."""
         return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=1), self)
 
+    def in_windows(self, num_windows: int) -> "Inputs":
+        """Equal parts of each row, as rows of their own: (B·W, S / W)."""
+        if num_windows == 1:
+            return self
+        return jax.tree.map(lambda x_BS: as_rows(x_BS, num_windows), self.with_all_positions())
+
     def gather(self, columns_BK: jax.Array) -> "Inputs":
         """Some columns of each row."""
-        full = self._replace(positions_BS=jnp.broadcast_to(self.positions_BS, self.tokens_BS.shape))
-        return jax.tree.map(lambda x_BS: jnp.take_along_axis(x_BS, columns_BK, axis=1), full)
+        take = lambda x_BS: jnp.take_along_axis(x_BS, columns_BK, axis=1)
+        return jax.tree.map(take, self.with_all_positions())
+
+    def with_all_positions(self) -> "Inputs":
+        """Positions of every row, (B, S), also where all rows have the same."""
+        positions_BS = jnp.broadcast_to(self.positions_BS, self.tokens_BS.shape)
+        return self._replace(positions_BS=positions_BS)
 
     def visible_from(self, latents: "Inputs", *, causal: bool) -> Visibility:
         """What the latents see of these columns: of a prefix all, of themselves causally."""

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from perceiver_ar_jax.config import PerceiverARConfig
-from perceiver_ar_jax.model import streamed_prefix
+from perceiver_ar_jax.model import latent_windows, streamed_prefix
 from perceiver_ar_jax.model.cache import Cache, LayerCache
 from perceiver_ar_jax.model.inputs import Inputs
 from perceiver_ar_jax.model.layers import (
@@ -100,11 +100,17 @@ class PerceiverAR(nn.Module):
         *,
         segment_ids: jax.Array | None = None,
         deterministic: bool = True,
+        num_windows: int = 1,
     ) -> jax.Array:
-        """What the head reads, (B, L, D); arguments as in `__call__`."""
+        """What the head reads, (B, S - prefix_len, D); arguments as in `__call__`.
+
+        With `num_windows` the S - prefix_len latents are so many windows of max_latents, each of
+        which gives what it gives as the latents of a sequence that ends with it.
+        """
         inputs = Inputs.of(tokens_BS, pad_mask, segment_ids)
-        x_BLD, *inner = self._first_layer(inputs, prefix_len, deterministic)
-        return self._normed(self._layers(x_BLD, *inner, deterministic))
+        x_BLD, *inner = self._first_layer(inputs, prefix_len, num_windows, deterministic)
+        x_BLD = self._layers(x_BLD, *inner, deterministic)
+        return latent_windows.as_sequences(self._normed(x_BLD), num_windows)
 
     def logits(self, hidden_BLD: jax.Array) -> jax.Array:
         """The head, tied to the token embedding: (B, L, D) to (B, L, V) float32."""
@@ -174,52 +180,74 @@ class PerceiverAR(nn.Module):
         cache = cache.replace(cross=cross, layers=tuple(layers), length=cache.length + 1)
         return self._normed(x_B1D)[:, 0], cache
 
-    def _first_layer(self, inputs, prefix_len, deterministic):
-        """The hybrid layer over embedded inputs.
+    def _first_layer(self, inputs, prefix_len, num_windows, deterministic):
+        """The hybrid layer over embedded inputs, each window of latents a row.
 
-        Returns latents (B, L, D), and what the layers after it take: their rotation and visibility.
+        Returns latents (B·W, L, D), and what the layers after it take: their rotation and
+        visibility.
         """
         config = self.config
-        _check_lengths(inputs.length, prefix_len, config)
+        _check_lengths(inputs.length, prefix_len, config, num_windows)
+        if not deterministic and num_windows > 1 and config.cross_attention_dropout:
+            raise ValueError(
+                f"{num_windows} windows of latents have as many prefixes, and "
+                "cross_attention_dropout draws for one: set it to 0"
+            )
         if not deterministic and prefix_len and config.cross_attention_dropout:
             kept_BK = _kept_columns(self.make_rng("dropout"), inputs, prefix_len, config)
             prefix_len -= inputs.length - kept_BK.shape[1]
             inputs = inputs.gather(kept_BK)
         prefix, latents = inputs.split(prefix_len)
-        rotation_BL = rotation(latents.positions_BS, config)
-        visible = latents.visible_from(latents, causal=True)
+        windows = latents.in_windows(num_windows)
+        rotation_BL = rotation(windows.positions_BS, config)
+        visible = windows.visible_from(windows, causal=True)
+        streamed = streamed_prefix.is_streamed(prefix_len, config)
 
-        def hybrid(layer, prefix_BPD, latents_BLD):
-            attend_prefix = None
-            if prefix_len or self.is_initializing():  # init makes kv_norm's parameters
-                kv = layer.prefix_keys_values(prefix_BPD, rotation(prefix.positions_BS, config))
-                visible_prefix = prefix.visible_from(latents, causal=False)
-                attend_prefix = lambda q_BLNH: layer.attention.attend(
-                    q_BLNH, kv, visible_prefix, deterministic=deterministic
+        def hybrid(layer, tables, prefix_BPD, latents_BLD):
+            def attend_to(q_BLNH, queries, kv, keys):
+                visible = keys.visible_from(queries, causal=False)
+                return layer.attention.attend(q_BLNH, kv, visible, deterministic=deterministic)
+
+            def keys_values(x_BKD, inputs):
+                return layer.prefix_keys_values(x_BKD, rotation(inputs.positions_BS, config))
+
+            before = []
+            if streamed:
+                before.append(
+                    lambda q_BLNH: streamed_prefix.attend(
+                        q_BLNH,
+                        PrefixParams.of(tables, layer),
+                        prefix,
+                        latents.segment_ids_BS,
+                        config,
+                        layer.attention.weights_dropout(deterministic),
+                    )
                 )
-            attend_prefix = attend_prefix if prefix_len else None
+            elif prefix_len:
+                kv_prefix = keys_values(prefix_BPD, prefix)
+                before.append(lambda q_BLNH: attend_to(q_BLNH, latents, kv_prefix, prefix))
+            elif self.is_initializing():
+                keys_values(prefix_BPD, prefix)  # makes kv_norm's parameters
+            if num_windows > 1:
+                kv_earlier = keys_values(latents_BLD, latents)
+
+                def attend_to_earlier(q_BLNH, window):
+                    seen = window * windows.length
+                    kv = jax.tree.map(lambda x_BKNH: x_BKNH[:, :seen], kv_earlier)
+                    queries = latents.columns(seen, windows.length)
+                    return attend_to(q_BLNH, queries, kv, latents.columns(0, seen))
+
+                before.append(latent_windows.attend_to_earlier(attend_to_earlier, num_windows))
             return layer(
-                latents_BLD, rotation_BL, visible, attend_prefix, deterministic=deterministic
+                latent_windows.as_rows(latents_BLD, num_windows),
+                rotation_BL,
+                visible,
+                latent_windows.attend_before(before, num_windows) if before else None,
+                deterministic=deterministic,
             )[0]
 
-        def streamed_hybrid(layer, tables, latents_BLD):
-            attend_prefix = lambda q_BLNH: streamed_prefix.attend(
-                q_BLNH,
-                PrefixParams.of(tables, layer),
-                prefix,
-                latents.segment_ids_BS,
-                config,
-                layer.attention.weights_dropout(deterministic),
-            )
-            return layer(
-                latents_BLD, rotation_BL, visible, attend_prefix, deterministic=deterministic
-            )[0]
-
-        if streamed_prefix.is_streamed(prefix_len, config):
-            hybrid, inputs = streamed_hybrid, (self._tables(), self._embed(latents))
-        else:
-            inputs = self._embed_parts(inputs, prefix_len)
-        x_BLD = _remat(nn.remat, hybrid, config)(self.cross_attention, *inputs)
+        parts = (None, self._embed(latents)) if streamed else self._embed_parts(inputs, prefix_len)
+        x_BLD = _remat(nn.remat, hybrid, config)(self.cross_attention, self._tables(), *parts)
         return x_BLD, rotation_BL, visible
 
     def _layers(self, x_BLD, rotation_BL, visible, deterministic):
@@ -269,7 +297,7 @@ def init_params(model: PerceiverAR, key: jax.Array) -> dict:
     return model.init(key, jnp.zeros((1, 1), jnp.int32), prefix_len=0)["params"]
 
 
-def _check_lengths(length, prefix_len, config):
+def _check_lengths(length, prefix_len, config, num_windows=1):
     if not 0 < length <= config.max_seq_len:
         raise ValueError(
             f"Input sequence length out of valid range [1..{config.max_seq_len}]: it is {length}"
@@ -280,7 +308,12 @@ def _check_lengths(length, prefix_len, config):
         raise ValueError(
             f"prefix_len ({prefix_len}) exceeds max_prefix_len ({config.max_prefix_len})"
         )
-    if length - prefix_len > config.max_latents:
+    if num_windows > 1 and length - prefix_len != num_windows * config.max_latents:
+        raise ValueError(
+            f"{length} positions with prefix_len {prefix_len} leave {length - prefix_len} latents, "
+            f"not {num_windows} windows of max_latents {config.max_latents}"
+        )
+    if length - prefix_len > num_windows * config.max_latents:
         raise ValueError(
             f"{length} positions with prefix_len {prefix_len} leave {length - prefix_len} latents; "
             f"the model has at most {config.max_latents} (max_latents)"

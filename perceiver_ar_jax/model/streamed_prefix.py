@@ -68,9 +68,7 @@ def attend(
       dropout: of the attention weights; draws depend on the number of devices.
     """
     batch = len(q_BLNH)
-    prefix = prefix._replace(
-        positions_BS=jnp.broadcast_to(prefix.positions_BS, prefix.tokens_BS.shape)
-    )
+    prefix = prefix.with_all_positions()
     if dropout is not None:  # a device takes the first of its rows' keys
         dropout = dropout.replace(key=jax.random.split(dropout.key, batch))
     axis = CONTEXT if has_context(prefix.length) else None

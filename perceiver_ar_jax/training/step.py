@@ -32,7 +32,9 @@ def train_step(
 
     Args:
       state: parameters, moments and step.
-      batch: windows of S positions; the first `prefix_len` are prefix.
+      batch: rows of S positions; the first `prefix_len` are prefix. If the others are a multiple
+        W of max_latents, they are W windows of latents, each of which reads everything before it:
+        the loss is the mean over all of them, and the prefix is read once.
       model: static under jit.
       prefix_len: static under jit.
       key: of the whole run; the step is folded in.
@@ -138,8 +140,13 @@ def _head_inputs(params, batch, dropout_key=None, *, model, prefix_len):
         batch.pad_mask,
         segment_ids=batch.segment_ids,
         deterministic=dropout_key is None,
+        num_windows=_num_windows(batch.tokens.shape[1] - prefix_len, model.config.max_latents),
         rngs=None if dropout_key is None else {"dropout": dropout_key},
         method="hidden",
     )
     embedding_VD = params["token_embedding"]["embedding"]
     return hidden_BLD, embedding_VD, params.get("output_bias"), batch.targets[:, prefix_len:]
+
+
+def _num_windows(num_latents, max_latents):
+    return num_latents // max_latents if num_latents and num_latents % max_latents == 0 else 1
