@@ -64,6 +64,7 @@ def _parser() -> Parser:
     add("--num_fewshot", "examples before each question (default: as the task says)", type=int)
     add("--limit", "documents of each task (default: all)", type=int)
     add("--output", "a file for the result with its tables, which tools/plot_evaluation.py draws")
+    add("--weights", "float32, bfloat16 or int8, as sample.py has them (default: as configured)")
     return parser
 
 
@@ -73,10 +74,10 @@ def _run(arguments: argparse.Namespace) -> int:
     from perceiver_ar_jax import load_pretrained
 
     logging.set_verbosity(logging.WARNING)
-    pretrained = load_pretrained(arguments.model)
+    pretrained = load_pretrained(arguments.model, weights=arguments.weights)
     if pretrained.tokenizer is None:
         raise ValueError(f"{arguments.model} has no tokenizer")
-    result = {"model": arguments.model, "step": pretrained.step}
+    result = {"model": arguments.model, "step": pretrained.step, "weights": arguments.weights}
     measure = _probe if arguments.probe else _on_tasks if arguments.tasks else _on_text
     result |= measure(pretrained, arguments)
     if arguments.output:

@@ -1,25 +1,32 @@
-"""Decoding speed against perceiver-io's generate(use_cache=True), in interleaved rounds.
+"""Decoding speed by policy and by kind of weights, in interleaved rounds.
 
-    python benchmarks/decoding.py --model bytes_small --batch 1 --prompt 1024 --new 128
+    taskset -c 1 python benchmarks/decoding.py --model bytes_small --weights raw int8 --batch 1 4 8
+    taskset -c 1 python benchmarks/decoding.py --reference --prompt 1024
 
-Prints one JSON object: tokens per second of the token loop alone, batch counted, the best round of
-each; `ratio` is the median over rounds of reference time / our time. Needs requirements-parity.txt.
-The weights are random. Time of the loop: a run of `new` tokens less a run of one. On one core
-(taskset -c 1) it is CPU time, which other work on the machine hardly changes, otherwise wall time.
+Prints one JSON object per batch size: tokens per second of the token loop alone, batch counted, the
+best round of each, and `ratio`, the median over rounds of the first contender's time to that of
+each. With --reference the first is perceiver-io's generate(use_cache=True), which needs
+requirements-parity.txt. `raw` are parameters that were not prepared for decoding; they are random.
+Time of the loop: a run of `new` tokens less a run of one. On one core (taskset -c 1) it is CPU
+time, which other work on the machine hardly changes, otherwise wall time.
 """
 
 import argparse
+import datetime
 import json
+import operator
 import os
 import statistics
 import time
 import warnings
+from pathlib import Path
 
 import jax
 import numpy as np
 
 from perceiver_ar_jax import PerceiverAR, PerceiverARConfig, generate
-from perceiver_ar_jax.model import init_params
+from perceiver_ar_jax.model import init_params, prepare_for_decoding
+from perceiver_ar_jax.model.decoding_params import WEIGHTS
 
 ONE_CORE = len(os.sched_getaffinity(0)) == 1
 CLOCK = time.process_time if ONE_CORE else time.perf_counter
@@ -40,36 +47,57 @@ MODELS = {
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", choices=MODELS, default="bytes_small")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--dtype", help="of the model's config", default="float32")
+    parser.add_argument("--weights", nargs="+", choices=("raw", *WEIGHTS), default=["raw"])
+    parser.add_argument("--policy", nargs="+", default=["slide"])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--num_latents", type=int, default=1)
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--policy", nargs="*", default=["slide"])
-    parser.add_argument("--no_reference", action="store_true")
+    parser.add_argument("--reference", action="store_true", help="compare with perceiver-io")
     args = parser.parse_args()
 
-    config = MODELS[args.model]
-    prompt = np.random.default_rng(0).integers(0, config.vocab_size, (args.batch, args.prompt))
-    runs = {policy: ours(config, prompt, args.num_latents, policy) for policy in args.policy}
-    if not args.no_reference:
-        runs["perceiver-io"] = reference(config, prompt, args.num_latents)
+    config = MODELS[args.model].replace(dtype=args.dtype)
+    for batch in args.batch:
+        prompt = np.random.default_rng(0).integers(0, config.vocab_size, (batch, args.prompt))
+        runs = {"perceiver-io": reference(config, prompt, args)} if args.reference else {}
+        for weights in args.weights:
+            params, model = parameters(config, weights)
+            for policy in args.policy:
+                runs[f"{weights} {policy}"] = ours(model, params, prompt, args, policy)
+        print(json.dumps(vars(args) | {"batch": batch} | measured(runs, batch, args)), flush=True)
+
+
+def measured(runs, batch, args):
     for run in runs.values():  # compile, warm up
         run(args.new), run(1)
-    seconds = {name: [] for name in runs}
+    first, seconds = ({name: [] for name in runs} for _ in range(2))
     for _ in range(args.rounds):
         for name, run in runs.items():
-            seconds[name].append(timed(run, args.new) - timed(run, 1))
-    tokens = args.batch * (args.new - 1)
-    result = vars(args) | {
-        "load": os.getloadavg()[0],
+            first[name].append(timed(run, 1))
+            seconds[name].append(timed(run, args.new) - first[name][-1])
+    tokens = batch * (args.new - 1)
+    base = next(iter(runs))
+    ratio = lambda name: statistics.median(map(operator.truediv, seconds[base], seconds[name]))
+    return {
+        "processor": processor(),
+        "jax": jax.__version__,
+        "cores": len(os.sched_getaffinity(0)),
         "clock": CLOCK.__name__,
+        "load": round(os.getloadavg()[0], 1),
+        "date": datetime.date.today().isoformat(),
         "tokens_per_sec": {name: round(tokens / min(times), 1) for name, times in seconds.items()},
+        "ratio": {name: round(ratio(name), 2) for name in runs},
+        "prefill_sec": {name: round(min(times), 3) for name, times in first.items()},
     }
-    if not args.no_reference:
-        pairs = zip(seconds["perceiver-io"], seconds[args.policy[0]], strict=True)
-        result["ratio"] = round(statistics.median(theirs / mine for theirs, mine in pairs), 2)
-    print(json.dumps(result))
+
+
+def processor():
+    """The processor's name, with its family and model, as virtual machines hide the name."""
+    lines = [line.split(":") for line in Path("/proc/cpuinfo").read_text().splitlines() if line]
+    fields = {name.strip(): value.strip() for name, value in lines}
+    return f"{fields['model name']} family {fields['cpu family']} model {fields['model']}"
 
 
 def timed(run, new_tokens):
@@ -78,16 +106,21 @@ def timed(run, new_tokens):
     return CLOCK() - start
 
 
-def ours(config, prompt, num_latents, policy):
-    model = PerceiverAR(config)
-    params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
+def parameters(config, weights):
+    params = jax.jit(init_params, static_argnums=0)(PerceiverAR(config), jax.random.key(0))
+    if weights == "raw":
+        return params, PerceiverAR(config)
+    dtype = "bfloat16" if weights == "bfloat16" else "float32"
+    return prepare_for_decoding(params, weights), PerceiverAR(config.replace(dtype=dtype))
 
+
+def ours(model, params, prompt, args, policy):
     def run(new_tokens):
         generate(
             model,
             params,
             prompt,
-            num_latents=num_latents,
+            num_latents=args.num_latents,
             max_new_tokens=new_tokens,
             policy=policy,
         )
@@ -95,7 +128,7 @@ def ours(config, prompt, num_latents, policy):
     return run
 
 
-def reference(config, prompt, num_latents):
+def reference(config, prompt, args):
     warnings.simplefilter("ignore")
     import torch
     from perceiver.model.text import clm
@@ -115,7 +148,7 @@ def reference(config, prompt, num_latents):
             model.generate(
                 tokens,
                 attention_mask=mask,
-                num_latents=num_latents,
+                num_latents=args.num_latents,
                 max_new_tokens=new_tokens,
                 use_cache=True,
                 do_sample=False,

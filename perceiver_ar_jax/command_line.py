@@ -5,8 +5,10 @@ Importing it costs nothing, so that scripts are quiet from their first moment on
 
 import argparse
 import os
+import platform
 import signal
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -105,6 +107,34 @@ def keep_freed_memory() -> None:
     os.environ |= settings | {RESTARTED: "1"}
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def keep_compiled_programs() -> None:
+    """Keeps compiled programs in the user's cache folder, so that the next start finds them.
+
+    Only before JAX is imported, and not where the user says where to keep them. The folder is one
+    per kind of processor, since programs for a CPU run on its kind only.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = base / "perceiver_ar_jax" / f"compiled-{_processor():08x}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a home that cannot be written: without a cache then
+        return
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+def _processor():
+    """A number for what the processor can do."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return zlib.crc32(platform.processor().encode())
+    wanted = ("flags", "Features", "model name")
+    return zlib.crc32("".join(dict.fromkeys(x for x in lines if x.startswith(wanted))).encode())
 
 
 def _has_glibc():

@@ -21,6 +21,7 @@ from perceiver_ar_jax import text_generation
 from perceiver_ar_jax._version import __version__
 from perceiver_ar_jax.config import PerceiverARConfig
 from perceiver_ar_jax.model import PerceiverAR, init_params, prepare_for_decoding
+from perceiver_ar_jax.model.decoding_params import check_weights
 
 CONFIG_FILE, TOKENIZER_FOLDER, CHECKPOINTS_FOLDER = "config.json", "tokenizer", "checkpoints"
 
@@ -35,11 +36,6 @@ class Pretrained:
     tokenizer: Any  # None if the checkpoint has none
     step: int  # steps trained; 0 for a converted model
     respect_documents: bool = False  # trained with attention that stays inside a document
-
-    @functools.cached_property
-    def decoding_params(self) -> Any:
-        """The parameters as `generate` reads them, made once."""
-        return prepare_for_decoding(self.params, self.config)
 
     def generate_text(self, prompts: Sequence[str], **options) -> list[str]:
         """What follows each prompt, up to the end of text; prompt + continuation is the whole.
@@ -62,7 +58,7 @@ class Pretrained:
         A piece is empty where a token completes no character. Closing the iterator ends the work.
         """
         return text_generation.stream_text(
-            self.model, self.decoding_params, self.tokenizer, prompt, **options
+            self.model, self.params, self.tokenizer, prompt, **options
         )
 
     def continue_texts(
@@ -78,7 +74,7 @@ class Pretrained:
         """
         return text_generation.continue_texts(
             self.model,
-            self.decoding_params,
+            self.params,
             self.tokenizer,
             prompts,
             on_first_token=on_first_token,
@@ -86,7 +82,9 @@ class Pretrained:
         )
 
 
-def load_pretrained(path: str | Path, *, step: int | None = None) -> Pretrained:
+def load_pretrained(
+    path: str | Path, *, step: int | None = None, weights: str | None = None
+) -> Pretrained:
     """Loads a checkpoint of ours, or one of perceiver-io, which is converted on the way.
 
     Of a run that averages its weights these are the averaged ones.
@@ -95,22 +93,29 @@ def load_pretrained(path: str | Path, *, step: int | None = None) -> Pretrained:
       path: a workdir or converted folder of ours, local or gs://; or a Hugging Face directory of
         perceiver-io, one of its .safetensors, .bin or .ckpt files, or a hub id.
       step: of a workdir; None takes the newest intact one.
+      weights: "float32", "bfloat16" or "int8" prepares the parameters for decoding, see
+        `prepare_for_decoding`, and computes in bfloat16 or else in float32, whatever the model is
+        configured in. None leaves both as they are, for training too.
 
     Warns:
       UserWarning: newer steps that are damaged were skipped, or the tokenizer of a perceiver-io
         checkpoint is of a kind that is not read, so that `tokenizer` is None.
 
     Raises:
-      ValueError: nothing usable is there; says what was looked for.
+      ValueError: nothing usable is there; says what was looked for. Or `weights` of another kind.
       CheckpointError: a folder of ours without an intact step.
     """
+    if weights is not None:
+        check_weights(weights)
     folder = epath.Path(path)
     description = _description(folder)
-    if description is None:
-        if step is not None:
-            raise ValueError(f"step={step}, but {path} is not a workdir and has no steps")
-        return _load_reference(path)
-    return _load_ours(folder, description, step)
+    if description is not None:
+        pretrained = _load_ours(folder, description, step)
+    elif step is not None:
+        raise ValueError(f"step={step}, but {path} is not a workdir and has no steps")
+    else:
+        pretrained = _load_reference(path)
+    return pretrained if weights is None else _prepared(pretrained, weights)
 
 
 def save_pretrained(
@@ -177,6 +182,13 @@ def _description(folder: Path) -> Mapping[str, Any] | None:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     return description if "model" in description else None
+
+
+def _prepared(pretrained, weights):
+    dtype = "bfloat16" if weights == "bfloat16" else "float32"
+    config = pretrained.config.replace(dtype=dtype)
+    params = prepare_for_decoding(pretrained.params, weights)
+    return dataclasses.replace(pretrained, model=PerceiverAR(config), params=params, config=config)
 
 
 def _load_ours(folder, description, step):

@@ -20,6 +20,15 @@ ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cache_folder(tmp_path_factory):
+    """The user's cache folder while these tests run; compiled programs are kept there."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ENVIRONMENT, "XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
@@ -125,10 +134,31 @@ def test_a_prompt_file_splits_at_newlines_only_and_skips_blank_lines(tmp_path):
 def test_the_speed_of_sample_does_not_count_compilation(monkeypatch, capsys):
     monkeypatch.setattr(sample.time, "monotonic", iter([100.0, 130.0, 132.0]).__next__)
     clock = sample._Clock()
+    compiled = "/jax/core/compile/backend_compile_duration"
+    jax.monitoring.record_event_duration_secs(compiled, 27.5)
     clock.first_token()
+    jax.monitoring.record_event_duration_secs(compiled, 1.0)
     clock.report(num_later_tokens=50)
-    expected = "first token after 30.00 s (compilation included), then 25.0 tokens/s\n"
+    expected = "first token after 30.00 s (27.50 s compilation), then 50.0 tokens/s\n"
     assert capsys.readouterr().err == expected
+
+
+def test_a_second_start_of_sample_compiles_nothing(model_folder, cache_folder):
+    flags = ["--model", model_folder, "--prompt", "a stone", "--max_new_tokens", "3"]
+    kept = lambda: set(cache_folder.rglob("*-cache"))
+    assert run("sample.py", *flags).returncode == 0
+    programs = kept()
+    assert programs
+    assert run("sample.py", *flags).returncode == 0
+    assert kept() == programs
+
+
+def test_weights_are_converted_for_decoding(model_folder):
+    flags = ["--model", model_folder, "--prompt", "a stone", "--greedy", "--max_new_tokens", "3"]
+    assert run("sample.py", *flags, "--weights", "int8").returncode == 0
+    refused = run("sample.py", *flags, "--weights", "int4")
+    assert refused.returncode == 2
+    assert "weights must be one of float32, bfloat16, int8, not 'int4'" in refused.stderr
 
 
 def test_a_prompt_file_that_is_not_text_is_named(model_folder, tmp_path):

@@ -20,7 +20,7 @@ from perceiver_ar_jax.generation.loop import Decoder, continue_until
 from perceiver_ar_jax.generation.sampling import Greedy
 from perceiver_ar_jax.generation.texts import Ending
 from perceiver_ar_jax.generation.token_by_token import TokenByToken
-from perceiver_ar_jax.model import init_params, prepare_for_decoding
+from perceiver_ar_jax.model import init_params
 
 CONFIG = PerceiverARConfig(
     vocab_size=50,
@@ -241,24 +241,6 @@ def test_log_probs_after_the_end_are_zero(model, params):
     generated = generate_with_log_probs(model, params, [[1, 2, 3]], eos_token_id=int(first))
     assert generated.log_probs[0, 0] < 0
     assert (generated.log_probs[0, 1:] == 0).all()
-
-
-def test_prepared_parameters_give_the_same_and_are_prepared_once(model, params):
-    prepared = prepare_for_decoding(params, CONFIG)
-    assert prepare_for_decoding(prepared, CONFIG) is prepared
-    for x, y in zip(
-        generate_with_log_probs(model, prepared, [[1, 2, 3]]),
-        generate_with_log_probs(model, params, [[1, 2, 3]]),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(x, y)
-    read = prefill(model, prepared, [[1, 2, 3]])
-    np.testing.assert_array_equal(
-        generate(model, params, read), generate(model, prepared, [[1, 2, 3]])
-    )
-    tokens = jnp.array([[1, 2, 3]])
-    logits = [model.apply({"params": x}, tokens, prefix_len=1) for x in (params, prepared)]
-    np.testing.assert_array_equal(*logits)
 
 
 def test_a_prompt_read_once_is_continued_many_times(model, params):

@@ -14,7 +14,7 @@ from perceiver_ar_jax.generation.loop import Decoder, continue_until
 from perceiver_ar_jax.generation.options import Options
 from perceiver_ar_jax.generation.prefilled import Prefilled, check_model, prefill
 from perceiver_ar_jax.generation.prompt import bucket_size
-from perceiver_ar_jax.model import PerceiverAR, prepare_for_decoding
+from perceiver_ar_jax.model import PerceiverAR
 
 
 class Generated(NamedTuple):
@@ -38,7 +38,6 @@ class Generation:
         pad_mask: np.ndarray | None = None,
     ):
         check_model(model, params)
-        params = prepare_for_decoding(params, model.config)
         if isinstance(prompt, Prefilled):
             prompt.check(model.config, params)
         else:

@@ -13,7 +13,7 @@ from flax import serialization
 from perceiver_ar_jax.config import PerceiverARConfig
 from perceiver_ar_jax.generation import prompt as prompts
 from perceiver_ar_jax.generation.context import Context, fingerprint, mesh_of, read_prompt
-from perceiver_ar_jax.model import PerceiverAR, prepare_for_decoding
+from perceiver_ar_jax.model import PerceiverAR
 from perceiver_ar_jax.model.cache import Cache, LayerCache
 
 
@@ -57,7 +57,6 @@ def prefill(
 ) -> Prefilled:
     """Reads a prompt once, to be continued many times; arguments as in `generate`."""
     check_model(model, params)
-    params = prepare_for_decoding(params, model.config)
     try:
         num_latents = operator.index(num_latents)
     except TypeError:

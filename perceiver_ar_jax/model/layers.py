@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from perceiver_ar_jax.config import PerceiverARConfig
 from perceiver_ar_jax.model.attention import Dropout, Visibility, attend, merge
 from perceiver_ar_jax.model.cache import KeysValues, LayerCache
-from perceiver_ar_jax.model.decoding_params import TiedEmbedding
+from perceiver_ar_jax.model.decoding_params import DecodingKernel
 from perceiver_ar_jax.model.positions import Rotation, rotate
 from perceiver_ar_jax.parallel import constrain
 
@@ -35,15 +35,16 @@ class Embedding(nn.Module):
         """Rows of the table, (..., D)."""
         return _look_up(self.embedding, indices)
 
-    def head(self) -> jax.Array:
-        """The table as the head reads it, (D, rows)."""
-        if isinstance(self.embedding, TiedEmbedding):
-            return self.embedding.head_DV
-        return self.embedding.astype(self.config.dtype).T
+    def products(self, x: jax.Array) -> jax.Array:
+        """The product of (..., D) with each row, (..., rows) in float32."""
+        if isinstance(self.embedding, DecodingKernel):
+            return self.embedding(x)
+        dtype = self.config.dtype
+        return DecodingKernel(self.embedding.astype(dtype))(x)
 
 
 def embed(
-    tables: tuple[jax.Array | TiedEmbedding, ...], tokens_BS: jax.Array, positions_BS: jax.Array
+    tables: tuple[jax.Array | DecodingKernel, ...], tokens_BS: jax.Array, positions_BS: jax.Array
 ) -> jax.Array:
     """What the first layer reads, (B, S, D).
 
@@ -60,7 +61,8 @@ def embed(
 
 
 def _look_up(table, indices):
-    table = table.embedding_VD if isinstance(table, TiedEmbedding) else table
+    if isinstance(table, DecodingKernel):
+        return table.take(indices)
     # Keep the feature dimension unsharded; otherwise every device looks up the whole batch.
     return constrain(jnp.asarray(table), "vocab", None)[indices].astype(jnp.float32)
 
@@ -78,8 +80,11 @@ class Dense(nn.Module):
         config = self.config
         init = nn.initializers.normal(config.init_scale)
         shape = (x.shape[-1], self.features)
-        kernel = self.param("kernel", init, shape, jnp.dtype(config.param_dtype))
-        y = _matmul(x.astype(config.dtype), kernel, config.gradient_dtype)
+        if isinstance(self.get_variable("params", "kernel"), DecodingKernel):
+            y = self.get_variable("params", "kernel")(x).astype(config.dtype)
+        else:
+            kernel = self.param("kernel", init, shape, jnp.dtype(config.param_dtype))
+            y = _matmul(x.astype(config.dtype), kernel, config.gradient_dtype)
         if self.use_bias:
             zeros = nn.initializers.zeros_init()
             bias = self.param("bias", zeros, (self.features,), jnp.dtype(config.param_dtype))

@@ -114,10 +114,7 @@ class PerceiverAR(nn.Module):
 
     def logits(self, hidden_BLD: jax.Array) -> jax.Array:
         """The head, tied to the token embedding: (B, L, D) to (B, L, V) float32."""
-        head_DV = self.token_embedding.head()
-        logits_BLV = jnp.einsum(
-            "BLD,DV->BLV", hidden_BLD, head_DV, preferred_element_type=jnp.float32
-        )
+        logits_BLV = self.token_embedding.products(hidden_BLD)
         return logits_BLV + self.output_bias if self.config.output_bias else logits_BLV
 
     def prefill(

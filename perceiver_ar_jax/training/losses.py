@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from perceiver_ar_jax.model.decoding_params import DecodingKernel
 from perceiver_ar_jax.parallel import constrain, on_own_rows
 
 # Latents × vocabulary of one chunk, per row of the batch. Each chunk costs a pass over the gradient
@@ -35,11 +36,14 @@ def cross_entropy(
 
 def token_nats(
     hidden_BLD: jax.Array,
-    embedding_VD: jax.Array,
+    embedding_VD: jax.Array | DecodingKernel,
     bias_V: jax.Array | None,
     targets_BL: jax.Array,
 ) -> jax.Array:
-    """-log p(target) of each token in nats, (B, L) float32; arguments as in `cross_entropy`."""
+    """-log p(target) of each token in nats, (B, L) float32; arguments as in `cross_entropy`.
+
+    The embedding may be one that was prepared for decoding.
+    """
     return _over_chunks(_nats, hidden_BLD, embedding_VD, bias_V, targets_BL)
 
 
@@ -65,13 +69,12 @@ def _nats(logits_BCV, targets_BC):
 def _over_chunks(function, hidden_BLD, embedding_VD, bias_V, targets_BL):
     """A function of logits and targets, (B, L); only one chunk's logits exist at a time."""
     bias_V = _bias(bias_V, embedding_VD)
-    embedding_VD = embedding_VD.astype(hidden_BLD.dtype)
 
     def of_chunk(_, chunk):
         hidden_BCD, targets_BC = chunk
         return None, function(_logits(hidden_BCD, embedding_VD, bias_V), targets_BC)
 
-    chunks = _chunks(embedding_VD.shape[0], hidden_BLD, targets_BL)
+    chunks = _chunks(len(bias_V), hidden_BLD, targets_BL)
     _, results = jax.lax.scan(of_chunk, None, chunks)
     return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(targets_BL.shape), results)
 
@@ -131,10 +134,12 @@ _cross_entropy.defvjp(_forward, _backward)
 
 
 def _bias(bias_V, embedding_VD):
-    return jnp.zeros(embedding_VD.shape[0], jnp.float32) if bias_V is None else bias_V
+    return jnp.zeros(len(embedding_VD), jnp.float32) if bias_V is None else bias_V
 
 
 def _logits(hidden_BCD, embedding_VD, bias_V):
+    if isinstance(embedding_VD, DecodingKernel):
+        return embedding_VD(hidden_BCD) + bias_V
     logits_BCV = jnp.einsum(
         "BCD,VD->BCV", hidden_BCD, embedding_VD, preferred_element_type=jnp.float32
     )
