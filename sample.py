@@ -61,6 +61,12 @@ def _parser() -> Parser:
         "contrastive search among --top_k candidates, such as 0.6 (default: none)",
         type=float,
     )
+    add(
+        "--prompt_lookup_num_tokens",
+        "guess so many tokens from the text so far, such as 6, and check them in one pass: the "
+        "same text, faster where it repeats itself (default: none)",
+        type=int,
+    )
     add("--policy", "when latents are used up: slide, recompute or reset", default="slide")
     add("--seed", "of sampling", type=int, default=0)
     add("--json", "print one object per prompt, with log-probabilities", action="store_true")
@@ -96,6 +102,7 @@ def _continue_prompts(arguments: argparse.Namespace) -> int:
         "num_beams": arguments.num_beams,
         "length_penalty": arguments.length_penalty,
         "penalty_alpha": arguments.penalty_alpha,
+        "prompt_lookup_num_tokens": arguments.prompt_lookup_num_tokens,
         "policy": arguments.policy,
         "rng": jax.random.key(arguments.seed),
     }

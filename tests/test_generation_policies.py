@@ -10,6 +10,7 @@ from flax import struct
 
 from perceiver_ar_jax import PerceiverAR, PerceiverARConfig, generate
 from perceiver_ar_jax.generation.policies import Recompute, Reset
+from perceiver_ar_jax.generation.prompt_lookup import PromptLookup
 from perceiver_ar_jax.model import init_params
 from perceiver_ar_jax.model.attention import Visibility
 from perceiver_ar_jax.model.positions import Rotation, rotation
@@ -58,18 +59,28 @@ def full_passes(model, params, prompt, num_latents, refill):
     return tokens
 
 
+@pytest.fixture(params=[None, 1, 3], ids=["plain", "lookup 1", "lookup 3"])
+def lookup(request, monkeypatch):
+    """Options with and without prompt lookup, which guesses at every token that occurred before."""
+    eager = functools.partial(PromptLookup, matched=1)
+    monkeypatch.setattr("perceiver_ar_jax.generation.options.PromptLookup", eager)
+    return {"prompt_lookup_num_tokens": request.param}
+
+
 PROMPTS = [[7, 8], [3, 1, 4, 1, 5, 9], [*range(20, 34)]]
 
 
 @pytest.mark.parametrize("abs_pos_emb", [False, True], ids=["rotary", "absolute"])
 @pytest.mark.parametrize(("policy", "refill"), [("recompute", 5), ("reset", 2), (Reset(4), 4)])
-def test_a_policy_of_full_passes_gives_what_they_give(policy, refill, abs_pos_emb):
+def test_a_policy_of_full_passes_gives_what_they_give(policy, refill, abs_pos_emb, lookup):
     model, params = small_model(abs_pos_emb)
     options = {"num_latents": 2, "max_new_tokens": NEW_TOKENS, "policy": policy}
-    together = generate(model, params, PROMPTS, **options)
+    together = generate(model, params, PROMPTS, **options, **lookup)
     for prompt, tokens in zip(PROMPTS, together, strict=True):
+        alone = generate(model, params, [prompt], **options, **lookup)
         expected = full_passes(model, params, prompt, 2, refill)
         np.testing.assert_array_equal(tokens[-NEW_TOKENS:], expected[-NEW_TOKENS:])
+        np.testing.assert_array_equal(alone[0], expected)
 
 
 @struct.dataclass
@@ -113,10 +124,10 @@ def logits_of_sliding_windows(model, tokens_1S, prefix_len):
 
 
 @pytest.mark.parametrize("abs_pos_emb", [False, True], ids=["rotary", "absolute"])
-def test_slide_is_one_pass_with_sliding_windows(abs_pos_emb):
+def test_slide_is_one_pass_with_sliding_windows(abs_pos_emb, lookup):
     model, params = small_model(abs_pos_emb)
     prompt = PROMPTS[1]
-    tokens = generate(model, params, [prompt], num_latents=2, max_new_tokens=NEW_TOKENS)
+    tokens = generate(model, params, [prompt], num_latents=2, max_new_tokens=NEW_TOKENS, **lookup)
     logits = jax.jit(
         lambda tokens: model.apply(
             {"params": params}, tokens, len(prompt) - 2, method=logits_of_sliding_windows

@@ -78,7 +78,7 @@ def generation_quality(
         options = SEARCHES[search]
         tokens = generate(
             pretrained.model,
-            pretrained.decoding_params,
+            pretrained.params,
             rows_RS[:, :prompt_len],
             num_latents=num_latents,
             max_new_tokens=num_new,

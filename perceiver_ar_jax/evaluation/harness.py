@@ -126,7 +126,7 @@ class HarnessLM(LM):
 
         for tokens_B in stream(
             self._pretrained.model,
-            self._pretrained.decoding_params,
+            self._pretrained.params,
             rows,
             num_latents=num_latents,
             policy=self._policy,

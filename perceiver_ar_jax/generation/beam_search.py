@@ -62,6 +62,7 @@ class BeamSearch:
     length_penalty: float
     max_new_tokens: int
     penalty: RepetitionPenalty = RepetitionPenalty(1.0)
+    tokens_ahead = 0
 
     @property
     def rows_per_prompt(self) -> int:

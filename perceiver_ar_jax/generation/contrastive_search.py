@@ -42,6 +42,7 @@ class ContrastiveSearch:
     top_k: int = struct.field(pytree_node=False)
     penalty_alpha: float
     penalty: RepetitionPenalty = RepetitionPenalty(1.0)
+    tokens_ahead = 0
 
     @property
     def rows_per_prompt(self) -> int:

@@ -39,7 +39,8 @@ def generate(
       pad_mask: (B, S), True at the pads of a left-padded array.
       **options: how to continue, see `Options`: max_new_tokens, do_sample, temperature, top_k,
         top_p, min_p, repetition_penalty, penalty_alpha, num_beams, length_penalty,
-        early_stopping, num_return_sequences, eos_token_id, pad_token_id, vocab_size, policy, rng.
+        early_stopping, num_return_sequences, prompt_lookup_num_tokens, eos_token_id, pad_token_id,
+        vocab_size, policy, rng.
 
     Raises:
       ValueError: if a length, a token id or an option is out of range.

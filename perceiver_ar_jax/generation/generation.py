@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from perceiver_ar_jax.generation.context import mesh_of
 from perceiver_ar_jax.generation.loop import Decoder, continue_until
 from perceiver_ar_jax.generation.options import Options
+from perceiver_ar_jax.generation.policies import ReadsAhead
 from perceiver_ar_jax.generation.prefilled import Prefilled, check_model, prefill
 from perceiver_ar_jax.generation.prompt import bucket_size
 from perceiver_ar_jax.model import PerceiverAR
@@ -50,7 +51,7 @@ class Generation:
         self._progress = None
 
     def advance_to(self, count: int) -> int:
-        """Adds tokens until there are `count`, or all rows have ended; returns their number."""
+        """Adds tokens until there are `count` or more, or all rows have ended; their number."""
         with mesh_of(self._params):
             if self._progress is None:
                 size = bucket_size(self._options.max_new_tokens)
@@ -92,10 +93,11 @@ def _on_host(x):
 def _begin(params, num_ids, method, ending, context, *, max_new_tokens, model, policy):
     rows_R = jnp.repeat(jnp.arange(len(context.tokens_BS)), method.rows_per_prompt)
     context = context.take(rows_R)
+    ahead = {"ahead": method.tokens_ahead} if method.tokens_ahead else {}
     return method.begin(
         _decoder(params, num_ids, model, policy),
         context,
-        policy.start(context, max_new_tokens, model.config),
+        policy.start(context, max_new_tokens, model.config, **ahead),
         ending=ending,
         max_new_tokens=max_new_tokens,
     )
@@ -108,9 +110,12 @@ def _continue_until(params, num_ids, method, ending, progress, count, *, model, 
 
 
 def _decoder(params, num_ids, model, policy):
-    def head(hidden_BD):
-        logits_B1V = model.apply({"params": params}, hidden_BD[:, None], method="logits")
-        is_usable_V = jnp.arange(logits_B1V.shape[-1]) < num_ids
-        return jnp.where(is_usable_V, logits_B1V[:, 0], -jnp.inf)
+    def head(hidden):
+        logits = model.apply({"params": params}, hidden, method="logits")
+        return jnp.where(jnp.arange(logits.shape[-1]) < num_ids, logits, -jnp.inf)
 
-    return Decoder(functools.partial(policy.step, model, params), head)
+    decoder = Decoder(functools.partial(policy.step, model, params), head)
+    if not isinstance(policy, ReadsAhead):
+        return decoder
+    read_ahead = functools.partial(policy.read_ahead, model, params)
+    return decoder._replace(read_ahead=read_ahead, keep=policy.keep)

@@ -13,7 +13,9 @@ class Decoder(NamedTuple):
     """The model as search methods see it."""
 
     step: Callable[[jax.Array, Any], tuple[jax.Array, Any]]  # tokens_R, state -> hidden_RD, state
-    head: Callable[[jax.Array], jax.Array]  # hidden_RD -> logits_RV
+    head: Callable[[jax.Array], jax.Array]  # hidden_RD -> logits_RV, of any leading dimensions
+    read_ahead: Callable | None = None  # as the policy's: tokens_RT, state -> hidden, usable, state
+    keep: Callable | None = None  # as the policy's: tokens_RT, count, state -> state
 
 
 class Progress(Protocol):
@@ -24,9 +26,10 @@ class Progress(Protocol):
 
 
 class Method(Protocol):
-    """What finds a continuation: token by token, by beams, among candidates."""
+    """What finds a continuation: token by token, by lookup, by beams, among candidates."""
 
     rows_per_prompt: int  # rows that the model reads for each prompt
+    tokens_ahead: int  # tokens that it reads with the next one, before they are chosen
 
     def begin(
         self,
@@ -52,7 +55,7 @@ class Method(Protocol):
 def continue_until(
     decoder: Decoder, method: Method, progress: Progress, ending: Ending, count: jax.Array
 ) -> Progress:
-    """Appends tokens until there are `count`, or until all prompts have ended."""
+    """Appends tokens until there are `count` or more, or until all prompts have ended."""
     return jax.lax.while_loop(
         lambda progress: (progress.texts.count < count) & ~progress.ended_B.all(),
         lambda progress: method.advance(decoder, progress, ending),

@@ -14,7 +14,8 @@ from perceiver_ar_jax.config import PerceiverARConfig
 from perceiver_ar_jax.generation.beam_search import BeamSearch
 from perceiver_ar_jax.generation.contrastive_search import ContrastiveSearch
 from perceiver_ar_jax.generation.loop import Method
-from perceiver_ar_jax.generation.policies import POLICIES, Policy
+from perceiver_ar_jax.generation.policies import POLICIES, Policy, ReadsAhead
+from perceiver_ar_jax.generation.prompt_lookup import PromptLookup
 from perceiver_ar_jax.generation.sampling import (
     Greedy,
     MinP,
@@ -33,6 +34,7 @@ WHOLE_NUMBERS = (
     "top_k",
     "num_beams",
     "num_return_sequences",
+    "prompt_lookup_num_tokens",
     "pad_token_id",
     "vocab_size",
 )
@@ -59,6 +61,7 @@ class Options:
     penalty_alpha: float | None = None  # above 0: contrastive search among top_k candidates
     num_beams: int = 1  # above 1: beam search
     length_penalty: float = 1.0  # of beam search: above 0 favours longer texts
+    prompt_lookup_num_tokens: int | None = None  # tokens guessed from the text so far, per pass
     early_stopping: bool | str = False  # of beam search: True, False or "never"
     num_return_sequences: int = 1  # per prompt, from sampling or beam search
     eos_token_id: int | Sequence[int] | None = None  # one of these ends a row
@@ -111,7 +114,10 @@ class Options:
             return ContrastiveSearch(self.top_k, float(self.penalty_alpha), penalty)
         samples = self.do_sample and self.temperature >= GREEDY_BELOW
         choose = Sample(self.filters, self.rng) if samples else Greedy()
-        return TokenByToken(choose, penalty, rows_per_prompt=self.num_return_sequences)
+        method = TokenByToken(choose, penalty, rows_per_prompt=self.num_return_sequences)
+        if self.prompt_lookup_num_tokens is None:
+            return method
+        return PromptLookup(method, self.prompt_lookup_num_tokens)
 
     @property
     def filters(self) -> tuple[Temperature | TopK | TopP | MinP, ...]:
@@ -172,7 +178,13 @@ class Options:
         yield from convert("rng", _typed_key, "a key such as jax.random.key(0)")
 
     def _problems(self):
-        for name in ("max_new_tokens", "num_return_sequences", "num_beams", "vocab_size"):
+        for name in (
+            "max_new_tokens",
+            "num_return_sequences",
+            "num_beams",
+            "vocab_size",
+            "prompt_lookup_num_tokens",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield f"{name} must be at least 1, not {value}"
@@ -201,6 +213,17 @@ class Options:
                 f"num_return_sequences={self.num_return_sequences} exceeds "
                 f"num_beams={self.num_beams}"
             )
+        if self.prompt_lookup_num_tokens is not None:
+            if self.num_beams > 1 or self.penalty_alpha:
+                yield (
+                    "prompt_lookup_num_tokens goes with greedy choice and sampling, not with "
+                    "num_beams or penalty_alpha"
+                )
+            if not isinstance(self.decoding_policy, ReadsAhead):
+                yield (
+                    f"prompt_lookup_num_tokens needs a policy with read_ahead and keep, such as "
+                    f"{', '.join(POLICIES)}; {type(self.policy).__name__} has none"
+                )
         if self.penalty_alpha:
             if not 0.0 < self.penalty_alpha <= 1.0:
                 yield f"penalty_alpha must be between 0 and 1, not {self.penalty_alpha}"

@@ -5,7 +5,7 @@ A policy is a hashable value, static under jit. `start` makes the decoding state
 """
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,26 @@ class Policy(Protocol):
         """Reads one token per row: its hidden state (B, D), and the new state."""
 
 
+@runtime_checkable
+class ReadsAhead(Policy, Protocol):
+    """A policy that can read several tokens at once, some of which may be taken back."""
+
+    def start(
+        self, context: Context, max_new_tokens: int, config: PerceiverARConfig, ahead: int = 0
+    ) -> Any:
+        """As in `Policy`, with room for `ahead` tokens after the next one."""
+
+    def read_ahead(
+        self, model: PerceiverAR, params: Any, tokens_BT: jax.Array, state: Any
+    ) -> tuple[jax.Array, jax.Array, Any]:
+        """Reads 1 + `ahead` tokens per row: hidden states (B, T, D), how many of them are what
+        `step` would give, at least 1, and the state after the first token.
+        """
+
+    def keep(self, tokens_BT: jax.Array, count: jax.Array, state: Any) -> Any:
+        """The state after the first `count` of the tokens just read ahead."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Slide:
     """Every new token is a latent; the oldest latent becomes prefix without being recomputed.
@@ -37,12 +57,16 @@ class Slide:
     Source: `generate(use_cache=True)` of perceiver-io 0.11.
     """
 
-    def start(self, context: Context, max_new_tokens: int, config: PerceiverARConfig) -> Cache:
+    def start(
+        self, context: Context, max_new_tokens: int, config: PerceiverARConfig, ahead: int = 0
+    ) -> Cache:
         """A cache for the whole text, or for the model's maximum."""
         columns = context.tokens_BS.shape[1] + max_new_tokens
         latents = context.hidden_BLD.shape[1] + max_new_tokens
         return context.cache.with_room(
-            columns=min(columns, config.max_seq_len), latents=min(latents, config.max_latents)
+            columns=min(columns, config.max_seq_len),
+            latents=min(latents, config.max_latents),
+            ahead=ahead,
         )
 
     def step(
@@ -50,6 +74,17 @@ class Slide:
     ) -> tuple[jax.Array, Cache]:
         """One step over the cache, which slides when it is full."""
         return model.apply({"params": params}, tokens_B, state, method="decode_step")
+
+    def read_ahead(
+        self, model: PerceiverAR, params: Any, tokens_BT: jax.Array, state: Cache
+    ) -> tuple[jax.Array, jax.Array, Cache]:
+        """One pass over the cache; all tokens count."""
+        hidden_BTD, read = model.apply({"params": params}, tokens_BT, state, method="decode_steps")
+        return hidden_BTD, jnp.int32(tokens_BT.shape[1]), read.replace(length=state.length + 1)
+
+    def keep(self, tokens_BT: jax.Array, count: jax.Array, state: Cache) -> Cache:
+        """A longer cache."""
+        return state.replace(length=state.length + count - 1)
 
 
 @struct.dataclass
@@ -64,10 +99,12 @@ class Window:
         """The state of some rows, possibly several times."""
         return Window(self.cache.take(rows_B), self.tokens_BW[rows_B], self.pads_B[rows_B])
 
-    def append(self, tokens_B: jax.Array) -> "Window":
-        """Moves the window by one token per row; the cache has not read it yet."""
-        tokens_BW = jnp.concatenate([self.tokens_BW[:, 1:], tokens_B[:, None]], axis=1)
-        return Window(self.cache, tokens_BW, jnp.maximum(self.pads_B - 1, 0))
+    def append(self, tokens_BT: jax.Array, count: jax.Array | int) -> "Window":
+        """Moves the window by the first `count` tokens; the cache has not read them yet."""
+        tokens_BS = jnp.concatenate([self.tokens_BW, tokens_BT], axis=1)
+        width = self.tokens_BW.shape[1]
+        tokens_BW = jax.lax.dynamic_slice_in_dim(tokens_BS, count, width, axis=1)
+        return Window(self.cache, tokens_BW, jnp.maximum(self.pads_B - count, 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +124,9 @@ class Reset:
 
     refill: int | None = None
 
-    def start(self, context: Context, max_new_tokens: int, config: PerceiverARConfig) -> Window:
+    def start(
+        self, context: Context, max_new_tokens: int, config: PerceiverARConfig, ahead: int = 0
+    ) -> Window:
         """Room for max_latents latents, and for the longest prefix that can occur."""
         length = context.tokens_BS.shape[1]
         refill = self.latents_after(config)
@@ -99,6 +138,7 @@ class Reset:
         cache = context.cache.with_room(
             columns=max(width - refill, prompt_prefix_len) + config.max_latents,
             latents=config.max_latents,
+            ahead=ahead,
         )
         return Window(cache, tokens_BW, jnp.maximum(cache.pads_B + missing, 0))
 
@@ -106,8 +146,15 @@ class Reset:
         self, model: PerceiverAR, params: Any, tokens_B: jax.Array, state: Window
     ) -> tuple[jax.Array, Window]:
         """One step over the cache while latents are left, otherwise a full pass over the window."""
-        full = state.cache.num_latents == model.config.max_latents
-        state = state.append(tokens_B)
+        hidden_B1D, _, state = self.read_ahead(model, params, tokens_B[:, None], state)
+        return hidden_B1D[:, 0], state
+
+    def read_ahead(
+        self, model: PerceiverAR, params: Any, tokens_BT: jax.Array, state: Window
+    ) -> tuple[jax.Array, jax.Array, Window]:
+        """The tokens until the latents are used up count; of a full pass the first one only."""
+        left = model.config.max_latents - state.cache.num_latents
+        state = state.append(tokens_BT, 1)
 
         def read_again(cache):
             pad_mask_BW = jnp.arange(state.tokens_BW.shape[1]) < state.pads_B[:, None]
@@ -115,14 +162,27 @@ class Reset:
             hidden_BLD, fresh = model.apply(
                 {"params": params}, state.tokens_BW, prefix_len, pad_mask_BW, method="prefill"
             )
-            fresh = fresh.with_room(columns=cache.cross.capacity, latents=model.config.max_latents)
-            return hidden_BLD[:, -1], fresh
+            columns = cache.cross.capacity - cache.ahead
+            fresh = fresh.with_room(
+                columns=columns, latents=model.config.max_latents, ahead=cache.ahead
+            )
+            others = ((0, 0), (0, tokens_BT.shape[1] - 1), (0, 0))
+            return jnp.pad(hidden_BLD[:, -1:], others), jnp.int32(1), fresh
 
-        def read_token(cache):
-            return model.apply({"params": params}, tokens_B, cache, method="decode_step")
+        def read_tokens(cache):
+            hidden_BTD, read = model.apply(
+                {"params": params}, tokens_BT, cache, method="decode_steps"
+            )
+            count = jnp.minimum(left, tokens_BT.shape[1])
+            return hidden_BTD, count, read.replace(length=cache.length + 1)
 
-        hidden_BD, cache = jax.lax.cond(full, read_again, read_token, state.cache)
-        return hidden_BD, state.replace(cache=cache)
+        hidden_BTD, count, cache = jax.lax.cond(left == 0, read_again, read_tokens, state.cache)
+        return hidden_BTD, count, state.replace(cache=cache)
+
+    def keep(self, tokens_BT: jax.Array, count: jax.Array, state: Window) -> Window:
+        """The window moves by the others too."""
+        longer = state.cache.replace(length=state.cache.length + count - 1)
+        return state.append(tokens_BT[:, 1:], count - 1).replace(cache=longer)
 
     def latents_after(self, config: PerceiverARConfig) -> int:
         """How many tokens a full pass makes latents."""

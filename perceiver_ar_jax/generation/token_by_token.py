@@ -32,6 +32,7 @@ class TokenByToken:
     choose: Greedy | Sample
     penalty: RepetitionPenalty = RepetitionPenalty(1.0)
     rows_per_prompt: int = struct.field(pytree_node=False, default=1)  # texts for each prompt
+    tokens_ahead = 0
 
     def begin(
         self,
@@ -50,21 +51,22 @@ class TokenByToken:
             ending=ending,
             max_new_tokens=max_new_tokens,
         )
-        return TokenByTokenProgress(state, self._append(logits_RV, texts, ending))
+        return TokenByTokenProgress(state, self.append(logits_RV, texts, ending))
 
     def advance(
         self, decoder: Decoder, progress: TokenByTokenProgress, ending: Ending
     ) -> TokenByTokenProgress:
         """One more token."""
         hidden_RD, state = decoder.step(progress.texts.newest_R, progress.state)
-        texts = self._append(decoder.head(hidden_RD), progress.texts, ending)
+        texts = self.append(decoder.head(hidden_RD), progress.texts, ending)
         return TokenByTokenProgress(state, texts)
 
     def finish(self, progress: TokenByTokenProgress) -> tuple[jax.Array, jax.Array]:
         """New tokens and their log-probabilities, (R, T) each."""
         return progress.texts.tokens_RT, progress.texts.log_probs_RT
 
-    def _append(self, logits_RV, texts, ending):
+    def append(self, logits_RV: jax.Array, texts: Texts, ending: Ending) -> Texts:
+        """The texts with what `choose` makes of the logits."""
         tokens_R = self.choose(self.penalty(logits_RV, texts.seen_RV), texts.count)
         log_probs_RV = jax.nn.log_softmax(logits_RV)
         log_probs_R = jnp.take_along_axis(log_probs_RV, tokens_R[:, None], axis=1)[:, 0]

@@ -55,10 +55,22 @@ class LayerCache(NamedTuple):
         kv = (cut(x, slot, size).reshape(batch, *x.shape[-3:-1], size) for x in self)
         return KeysValues(*(x_BNHK.transpose(0, 3, 1, 2) for x_BNHK in kv))
 
-    def attend(self, q_B1NH: jax.Array, mask_BK: jax.Array) -> jax.Array:
-        """Attention of one new token per row to what is in the slots: (B, 1, N, H)."""
-        q, mask = _without_single(q_B1NH[:, 0]), _without_single(mask_BK)
-        return cached.attend(q, self.k, self.v, mask).reshape(q_B1NH.shape)
+    def write_each(self, new: KeysValues, slots_T: jax.Array) -> "LayerCache":
+        """Puts the keys and values of new tokens, (B, T, N, H), into these slots."""
+        # One update per token: the slots may begin again at 0, and scatter is slower on CPU.
+        cache = self
+        for index in range(new.k.shape[1]):
+            token = KeysValues(*(x_BTNH[:, index : index + 1] for x_BTNH in new))
+            cache = cache.write(token, slots_T[index])
+        return cache
+
+    def attend(self, q_BTNH: jax.Array, mask_BTK: jax.Array) -> jax.Array:
+        """Attention of new tokens to what is in the slots: (B, T, N, H)."""
+        if q_BTNH.shape[1] > 1:
+            q, mask = _without_single(q_BTNH), _without_single(mask_BTK)
+            return cached.attend_several(q, self.k, self.v, mask).reshape(q_BTNH.shape)
+        q, mask = _without_single(q_BTNH[:, 0]), _without_single(mask_BTK[:, 0])
+        return cached.attend(q, self.k, self.v, mask).reshape(q_BTNH.shape)
 
     def padded_to(self, capacity: int) -> "LayerCache":
         """The same with empty slots behind, `capacity` in all."""
@@ -78,6 +90,10 @@ class Cache:
     c lives in slot c modulo the capacity, so that a full cache slides: the newest column takes
     the place of the oldest. Keys are rotated at their column, which never changes: attention sees
     differences of positions only, so this equals the reference's renumbering at every step.
+
+    A token sees as many of the newest columns as there are slots, less `ahead`. So up to
+    `ahead` tokens can be read after the next one and taken back, by setting `length`: the columns
+    whose slots they take are seen by no token that stays.
     """
 
     cross: LayerCache  # K slots: prefix and latents
@@ -85,6 +101,7 @@ class Cache:
     pads_B: jax.Array  # padded columns of each row
     first_latent: jax.Array  # the first column that is a latent
     length: jax.Array  # columns so far
+    ahead: int = struct.field(pytree_node=False, default=0)
 
     @classmethod
     def of_prompt(
@@ -104,11 +121,12 @@ class Cache:
         """Latents read so far, those that have become prefix included."""
         return self.length - self.first_latent
 
-    def with_room(self, *, columns: int, latents: int) -> "Cache":
-        """A prompt's cache with empty slots for what follows, so many slots in all."""
+    def with_room(self, *, columns: int, latents: int, ahead: int = 0) -> "Cache":
+        """A prompt's cache with empty slots for what follows: a token sees so many columns."""
         return self.replace(
-            cross=self.cross.padded_to(columns),
-            layers=tuple(kv.padded_to(latents) for kv in self.layers),
+            cross=self.cross.padded_to(columns + ahead),
+            layers=tuple(kv.padded_to(latents + ahead) for kv in self.layers),
+            ahead=ahead,
         )
 
     def take(self, rows_B: jax.Array) -> "Cache":
@@ -119,19 +137,27 @@ class Cache:
             pads_B=self.pads_B[rows_B],
         )
 
-    def cross_slot_and_mask(self) -> tuple[jax.Array, jax.Array]:
-        """Where the next column goes in `cross`, and what it sees there, (B, K)."""
+    def cross_slots_and_mask(self, num_tokens: int) -> tuple[jax.Array, jax.Array]:
+        """Where the next columns go in `cross`, (T,), and what each sees there, (B, T, K)."""
         capacity = self.cross.capacity
-        columns_K = _newest_columns(self.length, capacity)
-        return self.length % capacity, columns_K >= self.pads_B[:, None]
+        visible_TK, columns_K = self._visible(self.length, capacity, num_tokens)
+        mask_BTK = visible_TK & (columns_K >= self.pads_B[:, None])[:, None]
+        return (self.length + jnp.arange(num_tokens)) % capacity, mask_BTK
 
-    def layer_slot_and_mask(self) -> tuple[jax.Array, jax.Array]:
-        """Where the next latent goes in each of `layers`, and what it sees there, (B, K)."""
+    def layer_slots_and_mask(self, num_tokens: int) -> tuple[jax.Array, jax.Array]:
+        """Where the next latents go in each of `layers`, (T,), and what each sees, (B, T, K)."""
         capacity = self.layers[0].capacity if self.layers else 1
-        latent = self.num_latents
-        columns_K = self.first_latent + _newest_columns(latent, capacity)
-        first_B = jnp.maximum(self.pads_B, self.first_latent)
-        return latent % capacity, columns_K >= first_B[:, None]
+        visible_TK, latents_K = self._visible(self.num_latents, capacity, num_tokens)
+        first_B = jnp.maximum(self.pads_B - self.first_latent, 0)
+        mask_BTK = visible_TK & (latents_K >= first_B[:, None])[:, None]
+        return (self.num_latents + jnp.arange(num_tokens)) % capacity, mask_BTK
+
+    def _visible(self, first, capacity, num_tokens):
+        """Which slots each token sees, (T, K), and the column of each slot, (K,)."""
+        columns_T1 = first + jnp.arange(num_tokens)[:, None]
+        columns_K = _newest_columns(columns_T1[-1], capacity)
+        distance_TK = columns_T1 - columns_K
+        return (distance_TK >= 0) & (distance_TK < capacity - self.ahead), columns_K
 
 
 def _without_single(x):

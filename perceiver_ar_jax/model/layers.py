@@ -242,14 +242,14 @@ class CrossAttentionLayer(nn.Module):
 
     def decode_step(
         self,
-        latent_B1D: jax.Array,
-        rotation_B1: Rotation,
+        latents_BTD: jax.Array,
+        rotation_BT: Rotation,
         cache: LayerCache,
-        slot: jax.Array,
-        mask_BK: jax.Array,
+        slots_T: jax.Array,
+        mask_BTK: jax.Array,
     ) -> tuple[jax.Array, LayerCache]:
-        """One more latent per row: its keys and values join the cache in `slot`."""
-        return _decode_step(self, self.q_norm, latent_B1D, rotation_B1, cache, slot, mask_BK)
+        """More latents per row: their keys and values join the cache in these slots."""
+        return _decode_step(self, self.q_norm, latents_BTD, rotation_BT, cache, slots_T, mask_BTK)
 
 
 class SelfAttentionLayer(nn.Module):
@@ -281,21 +281,21 @@ class SelfAttentionLayer(nn.Module):
 
     def decode_step(
         self,
-        x_B1D: jax.Array,
-        rotation_B1: Rotation | None,
+        x_BTD: jax.Array,
+        rotation_BT: Rotation | None,
         cache: LayerCache,
-        slot: jax.Array,
-        mask_BK: jax.Array,
+        slots_T: jax.Array,
+        mask_BTK: jax.Array,
     ) -> tuple[jax.Array, LayerCache]:
-        """One more latent per row, as in the hybrid layer."""
-        return _decode_step(self, self.norm, x_B1D, rotation_B1, cache, slot, mask_BK)
+        """More latents per row, as in the hybrid layer."""
+        return _decode_step(self, self.norm, x_BTD, rotation_BT, cache, slots_T, mask_BTK)
 
 
-def _decode_step(layer, norm, x_B1D, rotation_B1, cache, slot, mask_BK):
-    normed_B1D = norm(x_B1D)
-    q_B1NH = layer.attention.queries(normed_B1D, rotation_B1)
-    cache = cache.write(layer.attention.keys_values(normed_B1D, rotation_B1), slot)
-    return _residual_branches(layer, x_B1D, cache.attend(q_B1NH, mask_BK), True), cache
+def _decode_step(layer, norm, x_BTD, rotation_BT, cache, slots_T, mask_BTK):
+    normed_BTD = norm(x_BTD)
+    q_BTNH = layer.attention.queries(normed_BTD, rotation_BT)
+    cache = cache.write_each(layer.attention.keys_values(normed_BTD, rotation_BT), slots_T)
+    return _residual_branches(layer, x_BTD, cache.attend(q_BTNH, mask_BTK), True), cache
 
 
 def _residual_branches(layer, x_BLD, out_BLNH, deterministic):

@@ -112,10 +112,10 @@ class PerceiverAR(nn.Module):
         x_BLD = self._layers(x_BLD, *inner, deterministic)
         return latent_windows.as_sequences(self._normed(x_BLD), num_windows)
 
-    def logits(self, hidden_BLD: jax.Array) -> jax.Array:
-        """The head, tied to the token embedding: (B, L, D) to (B, L, V) float32."""
-        logits_BLV = self.token_embedding.products(hidden_BLD)
-        return logits_BLV + self.output_bias if self.config.output_bias else logits_BLV
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """The head, tied to the token embedding: (..., D) to (..., V) float32."""
+        logits = self.token_embedding.products(hidden)
+        return logits + self.output_bias if self.config.output_bias else logits
 
     def prefill(
         self, tokens_BS: jax.Array, prefix_len: int, pad_mask: jax.Array | None = None
@@ -161,21 +161,30 @@ class PerceiverAR(nn.Module):
         A latent that has become prefix keeps the keys and values it was given as a latent.
         Source: `generate(use_cache=True)` of perceiver-io 0.11.
         """
-        position_B1 = (cache.length - cache.pads_B)[:, None]
-        x_B1D = embed(self._tables(), tokens_B[:, None], position_B1)
-        rotation_B1 = rotation(position_B1, self.config)
-        x_B1D, cross = self.cross_attention.decode_step(
-            x_B1D, rotation_B1, cache.cross, *cache.cross_slot_and_mask()
+        hidden_B1D, cache = self.decode_steps(tokens_B[:, None], cache)
+        return hidden_B1D[:, 0], cache
+
+    def decode_steps(self, tokens_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Reads T tokens per row, 1 to cache.ahead + 1, in one pass: (B, T, D), and the cache.
+
+        Each gives what T calls of `decode_step` give.
+        """
+        num_tokens = tokens_BT.shape[1]
+        positions_BT = cache.length + jnp.arange(num_tokens) - cache.pads_B[:, None]
+        x_BTD = embed(self._tables(), tokens_BT, positions_BT)
+        rotation_BT = rotation(positions_BT, self.config)
+        x_BTD, cross = self.cross_attention.decode_step(
+            x_BTD, rotation_BT, cache.cross, *cache.cross_slots_and_mask(num_tokens)
         )
-        slot, mask_BK = cache.layer_slot_and_mask()
+        slots_T, mask_BTK = cache.layer_slots_and_mask(num_tokens)
         layers = []
         for index, layer in enumerate(self.self_attention):
-            x_B1D, layer_cache = layer.decode_step(
-                x_B1D, self._rotation_of(index, rotation_B1), cache.layers[index], slot, mask_BK
+            x_BTD, layer_cache = layer.decode_step(
+                x_BTD, self._rotation_of(index, rotation_BT), cache.layers[index], slots_T, mask_BTK
             )
             layers.append(layer_cache)
-        cache = cache.replace(cross=cross, layers=tuple(layers), length=cache.length + 1)
-        return self._normed(x_B1D)[:, 0], cache
+        cache = cache.replace(cross=cross, layers=tuple(layers), length=cache.length + num_tokens)
+        return self._normed(x_BTD), cache
 
     def _first_layer(self, inputs, prefix_len, num_windows, deterministic):
         """The hybrid layer over embedded inputs, each window of latents a row.

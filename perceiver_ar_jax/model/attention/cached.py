@@ -1,4 +1,4 @@
-"""Attention of one new token per row to a cache: no softmax statistics, no gradients."""
+"""Attention of new tokens to a cache: no softmax statistics, no gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -20,3 +20,13 @@ def attend(q_BNH: jax.Array, k_BNHK: jax.Array, v_BNHK: jax.Array, mask_BK: jax.
     mask = jnp.expand_dims(mask_BK, -2)
     weights = jax.nn.softmax(jnp.where(mask, scores, MASK_VALUE)).astype(q_BNH.dtype)
     return jnp.einsum("...NK,...NHK->...NH", weights, v_BNHK)
+
+
+def attend_several(
+    q_BTNH: jax.Array, k_BNHK: jax.Array, v_BNHK: jax.Array, mask_BTK: jax.Array
+) -> jax.Array:
+    """Output (B, T, N, H) of several queries per row, each with a mask of its own."""
+    scores = jnp.einsum("...TNH,...NHK->...NTK", q_BTNH, k_BNHK, preferred_element_type=jnp.float32)
+    mask = jnp.expand_dims(mask_BTK, -3)
+    weights = jax.nn.softmax(jnp.where(mask, scores, MASK_VALUE)).astype(q_BTNH.dtype)
+    return jnp.einsum("...NTK,...NHK->...TNH", weights, v_BNHK)
