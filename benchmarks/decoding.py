@@ -13,6 +13,7 @@ time, which other work on the machine hardly changes, otherwise wall time.
 
 import argparse
 import datetime
+import itertools
 import json
 import operator
 import os
@@ -50,6 +51,14 @@ def main():
     parser.add_argument("--dtype", help="of the model's config", default="float32")
     parser.add_argument("--weights", nargs="+", choices=("raw", *WEIGHTS), default=["raw"])
     parser.add_argument("--policy", nargs="+", default=["slide"])
+    parser.add_argument(
+        "--prompt_lookup",
+        type=int,
+        nargs="+",
+        default=[0],
+        help="prompt_lookup_num_tokens; 0: none",
+    )
+    parser.add_argument("--sample", action="store_true", help="text that does not repeat itself")
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--num_latents", type=int, default=1)
@@ -64,8 +73,10 @@ def main():
         runs = {"perceiver-io": reference(config, prompt, args)} if args.reference else {}
         for weights in args.weights:
             params, model = parameters(config, weights)
-            for policy in args.policy:
-                runs[f"{weights} {policy}"] = ours(model, params, prompt, args, policy)
+            for policy, ahead in itertools.product(args.policy, args.prompt_lookup):
+                name = f"{weights} {policy}" + (f" lookup {ahead}" if ahead else "")
+                options = {"policy": policy, "prompt_lookup_num_tokens": ahead or None}
+                runs[name] = ours(model, params, prompt, args, options)
         print(json.dumps(vars(args) | {"batch": batch} | measured(runs, batch, args)), flush=True)
 
 
@@ -114,7 +125,12 @@ def parameters(config, weights):
     return prepare_for_decoding(params, weights), PerceiverAR(config.replace(dtype=dtype))
 
 
-def ours(model, params, prompt, args, policy):
+def ours(model, params, prompt, args, options):
+    if (
+        args.sample
+    ):  # weights are random: drawn tokens are all but uniform, the likeliest ones repeat
+        options |= {"do_sample": True, "rng": jax.random.key(0)}
+
     def run(new_tokens):
         generate(
             model,
@@ -122,7 +138,7 @@ def ours(model, params, prompt, args, policy):
             prompt,
             num_latents=args.num_latents,
             max_new_tokens=new_tokens,
-            policy=policy,
+            **options,
         )
 
     return run

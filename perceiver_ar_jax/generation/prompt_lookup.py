@@ -91,7 +91,8 @@ class PromptLookup:
             return progress.replace(state=decoder.keep(tokens_RT, count, state), texts=longer)
 
         guessed = (has_guess_R | texts.ended_R).all()
-        return jax.lax.cond(guessed, several, one_token, progress)
+        progress = _run_if(guessed, several, progress)
+        return _run_if(~guessed, one_token, progress)
 
     def finish(self, progress: PromptLookupProgress) -> tuple[jax.Array, jax.Array]:
         """New tokens and their log-probabilities, (R, T) each."""
@@ -109,6 +110,15 @@ class PromptLookup:
                 has_room = texts.count < texts.tokens_RT.shape[1]
                 goes_on &= right_R.all() & ~texts.ended_R.all() & has_room & (index + 1 < usable)
         return texts, texts.count - before
+
+
+def _run_if(condition, step, progress):
+    """A conditional as a loop of at most one turn: XLA would copy the caches into a `cond`."""
+    return jax.lax.while_loop(
+        lambda carry: carry[0],
+        lambda carry: (jnp.bool(False), step(carry[1])),
+        (condition, progress),
+    )[1]
 
 
 def look_up(
