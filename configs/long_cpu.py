@@ -33,6 +33,7 @@ def get_config():
     config.optimizer.warmup_steps = 10
 
     config.data.tokenizer = "bytes"
+    config.data.min_seq_len = 2**19
     config.data.num_workers = 0
     config.sample.max_new_tokens = 32
     return config
