@@ -21,21 +21,21 @@ def get_config(positions: str = "32"):
     half = positions // 2
     num_latents = min(half, 512)
     config = default_config()
-    config.steps = 600
+    config.steps = 400
     config.batch_size = max(4, 2048 // positions)
     config.log_every = 50
-    config.eval_every = 200
-    config.checkpoint_every = 200
+    config.eval_every = 100
+    config.checkpoint_every = 100
 
     config.model.max_seq_len = positions
     config.model.max_latents = num_latents
     config.model.num_channels = 128
-    config.model.num_heads = 4
+    config.model.num_heads = 1
     config.model.num_self_attention_layers = 1
     config.model.cross_attention_dropout = 0.0
     config.model.output_norm = True
 
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 100
     config.optimizer.weight_decay = 0.0
 
