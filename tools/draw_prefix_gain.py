@@ -61,8 +61,8 @@ def _bars(drawing, span, values, names, color, *, title, below, from_zero) -> No
     low, high = min(values), max(values)
     if from_zero:
         low, high = min(low, 0.0), max(high, 0.0)
-    else:  # the differences are small beside the loss: the axis says where it begins
-        low -= 0.5 * (high - low or high)
+    else:  # an axis of at least 0.1 nats, so that noise does not look like a difference
+        low = high - max(0.1, 1.5 * (high - low))
     drawing.text(left - 40, 34, title, size=15, font_weight=600)
     y = lambda value: BOTTOM - (BOTTOM - TOP) * (value - low) / (high - low or 1.0)
     for value in (low, (low + high) / 2, high):
