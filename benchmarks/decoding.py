@@ -2,11 +2,13 @@
 
     taskset -c 1 python benchmarks/decoding.py --model bytes_small --weights raw int8 --batch 1 4 8
     taskset -c 1 python benchmarks/decoding.py --reference --prompt 1024
+    taskset -c 1 python benchmarks/decoding.py --model DIR --weights raw int8 --prompt_lookup 0 6
 
 Prints one JSON object per batch size: tokens per second of the token loop alone, batch counted, the
 best round of each, and `ratio`, the median over rounds of the first contender's time to that of
 each. With --reference the first is perceiver-io's generate(use_cache=True), which needs
-requirements-parity.txt. `raw` are parameters that were not prepared for decoding; they are random.
+requirements-parity.txt. `raw` are parameters that were not prepared for decoding. Weights
+are random unless --model is a folder.
 Time of the loop: a run of `new` tokens less a run of one. On one core (taskset -c 1) it is CPU
 time, which other work on the machine hardly changes, otherwise wall time.
 """
@@ -25,7 +27,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from perceiver_ar_jax import PerceiverAR, PerceiverARConfig, generate
+from perceiver_ar_jax import PerceiverAR, PerceiverARConfig, generate, load_pretrained
 from perceiver_ar_jax.model import init_params, prepare_for_decoding
 from perceiver_ar_jax.model.decoding_params import WEIGHTS
 
@@ -47,7 +49,10 @@ MODELS = {
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", choices=MODELS, default="bytes_small")
+    parser.add_argument(
+        "--model", default="bytes_small", help=f"{', '.join(MODELS)}, or what load_pretrained reads"
+    )
+    parser.add_argument("--text", default="Return a list of the names", help="of a trained model")
     parser.add_argument("--dtype", help="of the model's config", default="float32")
     parser.add_argument("--weights", nargs="+", choices=("raw", *WEIGHTS), default=["raw"])
     parser.add_argument("--policy", nargs="+", default=["slide"])
@@ -67,12 +72,15 @@ def main():
     parser.add_argument("--reference", action="store_true", help="compare with perceiver-io")
     args = parser.parse_args()
 
-    config = MODELS[args.model].replace(dtype=args.dtype)
+    if args.reference and args.model not in MODELS:
+        parser.error("--reference needs a model of random weights")
     for batch in args.batch:
-        prompt = np.random.default_rng(0).integers(0, config.vocab_size, (batch, args.prompt))
-        runs = {"perceiver-io": reference(config, prompt, args)} if args.reference else {}
+        runs = {}
+        if args.reference:
+            config = MODELS[args.model]
+            runs["perceiver-io"] = reference(config, random_prompt(config, batch, args), args)
         for weights in args.weights:
-            params, model = parameters(config, weights)
+            model, params, prompt = model_and_prompt(weights, batch, args)
             for policy, ahead in itertools.product(args.policy, args.prompt_lookup):
                 name = f"{weights} {policy}" + (f" lookup {ahead}" if ahead else "")
                 options = {"policy": policy, "prompt_lookup_num_tokens": ahead or None}
@@ -117,12 +125,22 @@ def timed(run, new_tokens):
     return CLOCK() - start
 
 
-def parameters(config, weights):
+def random_prompt(config, batch, args):
+    return np.random.default_rng(0).integers(0, config.vocab_size, (batch, args.prompt))
+
+
+def model_and_prompt(weights, batch, args):
+    if args.model not in MODELS:
+        pretrained = load_pretrained(args.model, weights=None if weights == "raw" else weights)
+        row = pretrained.tokenizer.encode(args.text)
+        return pretrained.model, pretrained.params, [row] * batch
+    config = MODELS[args.model].replace(dtype=args.dtype)
+    prompt = random_prompt(config, batch, args)
     params = jax.jit(init_params, static_argnums=0)(PerceiverAR(config), jax.random.key(0))
-    if weights == "raw":
-        return params, PerceiverAR(config)
-    dtype = "bfloat16" if weights == "bfloat16" else "float32"
-    return prepare_for_decoding(params, weights), PerceiverAR(config.replace(dtype=dtype))
+    if weights != "raw":
+        params = prepare_for_decoding(params, weights)
+        config = config.replace(dtype="bfloat16" if weights == "bfloat16" else "float32")
+    return PerceiverAR(config), params, prompt
 
 
 def ours(model, params, prompt, args, options):
