@@ -10,9 +10,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from perceiver_ar_jax.model.attention import MASK_VALUE, merge
-
-Attention = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+from perceiver_ar_jax.model.attention import Attention, attend_to_nothing, merge
 
 
 def as_rows(x: jax.Array, num_windows: int) -> jax.Array:
@@ -54,9 +52,7 @@ def attend_to_earlier(
 
     def attend_all(q_BLNH):
         first, *others = jnp.split(q_BLNH, num_windows, axis=1)
-        batch, latents, heads, _ = first.shape
-        lse_of_nothing = jnp.full((batch, heads, latents), MASK_VALUE / 2)
-        results = [(jnp.zeros_like(first), lse_of_nothing)]
+        results = [attend_to_nothing(first)]
         results += [attend(q_BLNH, window) for window, q_BLNH in enumerate(others, start=1)]
         outs, lses = zip(*results, strict=True)
         return jnp.concatenate(outs, axis=1), jnp.concatenate(lses, axis=2)

@@ -1,7 +1,6 @@
 """The building blocks: Dense, LayerNorm, MLP and the two kinds of decoder layer."""
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +8,11 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from perceiver_ar_jax.config import PerceiverARConfig
-from perceiver_ar_jax.model.attention import Dropout, Visibility, attend, merge
+from perceiver_ar_jax.model.attention import Attention, Dropout, Visibility, attend, merge
 from perceiver_ar_jax.model.cache import KeysValues, LayerCache
 from perceiver_ar_jax.model.decoding_params import DecodingKernel
 from perceiver_ar_jax.model.positions import Rotation, rotate
 from perceiver_ar_jax.parallel import constrain
-
-# Attention of queries (B, L, N, H) to what they all see: output and log-sum-exp (B, N, L).
-AttendPrefix = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 
 
 class Embedding(nn.Module):
@@ -80,8 +76,9 @@ class Dense(nn.Module):
         config = self.config
         init = nn.initializers.normal(config.init_scale)
         shape = (x.shape[-1], self.features)
-        if isinstance(self.get_variable("params", "kernel"), DecodingKernel):
-            y = self.get_variable("params", "kernel")(x).astype(config.dtype)
+        prepared = self.get_variable("params", "kernel")
+        if isinstance(prepared, DecodingKernel):
+            y = prepared(x).astype(config.dtype)
         else:
             kernel = self.param("kernel", init, shape, jnp.dtype(config.param_dtype))
             y = _matmul(x.astype(config.dtype), kernel, config.gradient_dtype)
@@ -217,7 +214,7 @@ class CrossAttentionLayer(nn.Module):
         latents_BLD: jax.Array,
         rotation_BL: Rotation,
         visible_latents: Visibility,
-        attend_prefix: AttendPrefix | None = None,
+        attend_prefix: Attention | None = None,
         *,
         deterministic: bool = True,
     ) -> tuple[jax.Array, KeysValues]:
@@ -227,8 +224,7 @@ class CrossAttentionLayer(nn.Module):
           latents_BLD: embedded tokens.
           rotation_BL: of their positions.
           visible_latents: what they see of each other.
-          attend_prefix: attention of queries (B, L, N, H) to the prefix, as output and log-sum-exp;
-            None where there is no prefix.
+          attend_prefix: attention to the prefix; None where there is none.
           deterministic: whether nothing is dropped.
         """
         normed_BLD = self.q_norm(latents_BLD)

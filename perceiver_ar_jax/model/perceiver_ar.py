@@ -314,14 +314,15 @@ def _check_lengths(length, prefix_len, config, num_windows=1):
         raise ValueError(
             f"prefix_len ({prefix_len}) exceeds max_prefix_len ({config.max_prefix_len})"
         )
-    if num_windows > 1 and length - prefix_len != num_windows * config.max_latents:
+    num_latents = length - prefix_len
+    if num_windows > 1 and num_latents != num_windows * config.max_latents:
         raise ValueError(
-            f"{length} positions with prefix_len {prefix_len} leave {length - prefix_len} latents, "
+            f"{length} positions with prefix_len {prefix_len} leave {num_latents} latents, "
             f"not {num_windows} windows of max_latents {config.max_latents}"
         )
-    if length - prefix_len > num_windows * config.max_latents:
+    if num_windows == 1 and num_latents > config.max_latents:
         raise ValueError(
-            f"{length} positions with prefix_len {prefix_len} leave {length - prefix_len} latents; "
+            f"{length} positions with prefix_len {prefix_len} leave {num_latents} latents; "
             f"the model has at most {config.max_latents} (max_latents)"
         )
 

@@ -16,8 +16,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from perceiver_ar_jax.config import PerceiverARConfig
-from perceiver_ar_jax.model.attention import Dropout, merge, recompute
-from perceiver_ar_jax.model.attention.visibility import MASK_VALUE, Visibility
+from perceiver_ar_jax.model.attention import (
+    Dropout,
+    Visibility,
+    attend_to_nothing,
+    merge,
+    recompute,
+)
 from perceiver_ar_jax.model.cache import KeysValues, LayerCache
 from perceiver_ar_jax.model.inputs import Inputs
 from perceiver_ar_jax.model.layers import CrossAttentionLayer, embed
@@ -106,8 +111,7 @@ _attend.defvjp(_forward, _backward)
 def _read(config, axis, q_BLNH, params, prefix, segment_ids_BL, dropout):
     def attend_to(start, size):
         chunk = prefix.columns(start, size)
-        x_BCD = embed(params.tables, chunk.tokens_BS, chunk.positions_BS)
-        kv = _keys_values(config, params.layer, x_BCD, chunk.positions_BS)
+        kv = _keys_values(config, params.layer, _embed(params, chunk), chunk)
         visible = _visibility(chunk, segment_ids_BL)
         return recompute.forward(q_BLNH, *kv, visible, _own(dropout, axis, start))
 
@@ -128,12 +132,8 @@ def _read_again(
 ):
     def add_gradients(sums, start, size):
         chunk = prefix.columns(start, size)
-        x_BCD = embed(params.tables, chunk.tokens_BS, chunk.positions_BS)
-        kv, pull = jax.vjp(
-            lambda layer, x_BCD: _keys_values(config, layer, x_BCD, chunk.positions_BS),
-            params.layer,
-            x_BCD,
-        )
+        run = lambda layer, x_BCD: _keys_values(config, layer, x_BCD, chunk)
+        kv, pull = jax.vjp(run, params.layer, _embed(params, chunk))
         visible = _visibility(chunk, segment_ids_BL)
         drop = _own(dropout, axis, start)
         dq_BLNH, *dkv = recompute.backward(q_BLNH, *kv, visible, drop, *results_and_gradients)
@@ -165,8 +165,8 @@ def fill_cache(
 
     def write(cache, start, size):
         chunk = prefix.columns(start, size)
-        x_BCD = embed(params.tables, chunk.tokens_BS, chunk.positions_BS)
-        return cache.write(_keys_values(config, params.layer, x_BCD, chunk.positions_BS), start)
+        kv = _keys_values(config, params.layer, _embed(params, chunk), chunk)
+        return cache.write(kv, start)
 
     cache = LayerCache.of(empty).padded_to(capacity)
     return _over_chunks(write, cache, prefix.length, config.prefix_chunk)
@@ -193,9 +193,7 @@ def _merged(attend_to: Callable, q_BLNH, length, chunk):
         out_BLNH, lse_BNL = attend_to(start, size)
         return merge([running, (out_BLNH.astype(jnp.float32), lse_BNL)])
 
-    batch, latents, heads, _ = q_BLNH.shape
-    nothing = jnp.zeros(q_BLNH.shape), jnp.full((batch, heads, latents), MASK_VALUE / 2)
-    return _over_chunks(fold, nothing, length, chunk)
+    return _over_chunks(fold, attend_to_nothing(q_BLNH.astype(jnp.float32)), length, chunk)
 
 
 def _over_chunks(step: Callable, carry, length: int, chunk: int):
@@ -208,11 +206,15 @@ def _over_chunks(step: Callable, carry, length: int, chunk: int):
     return jax.lax.fori_loop(0, length // chunk, body, carry)
 
 
-def _keys_values(config, layer_params, x_BCD, positions_BC):
+def _embed(params, chunk):
+    return embed(params.tables, chunk.tokens_BS, chunk.positions_BS)
+
+
+def _keys_values(config, layer_params, x_BCD, chunk):
     return CrossAttentionLayer(config, parent=None).apply(
         {"params": layer_params},
         x_BCD,
-        rotation(positions_BC, config),
+        rotation(chunk.positions_BS, config),
         method="prefix_keys_values",
     )
 

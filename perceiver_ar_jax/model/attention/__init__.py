@@ -13,14 +13,16 @@ has no gradient; its log-sum-exp is MASK_VALUE / 2, to which `merge` gives no we
 
 from perceiver_ar_jax.model.attention.dispatch import attend, implementation_for
 from perceiver_ar_jax.model.attention.dropout import Dropout
-from perceiver_ar_jax.model.attention.merge import merge
+from perceiver_ar_jax.model.attention.merge import Attention, attend_to_nothing, merge
 from perceiver_ar_jax.model.attention.visibility import MASK_VALUE, Visibility
 
 __all__ = [
     "MASK_VALUE",
+    "Attention",
     "Dropout",
     "Visibility",
     "attend",
+    "attend_to_nothing",
     "implementation_for",
     "merge",
 ]

@@ -37,16 +37,7 @@ def fused(forward: Callable, backward: Callable) -> Callable:
         dropout: Dropout | None = None,
         axis: str | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Output (B, L, N, H) and log-sum-exp (B, N, L).
-
-        Args:
-          q_BLNH: queries, scaled and rotated.
-          k_BKNH: keys, rotated.
-          v_BKNH: values.
-          visibility: which keys a query sees.
-          dropout: None; kernels drop no weights.
-          axis: the mesh axis over whose devices the keys are spread, K a multiple of their number.
-        """
+        """As `recompute.attend`, but without dropout: kernels drop no weights."""
         return run_forward(q_BLNH, k_BKNH, v_BKNH, visibility, dropout, axis)[0]
 
     def keep(*primals):

@@ -1,7 +1,12 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+
+from perceiver_ar_jax.model.attention.visibility import MASK_VALUE
+
+# Of queries (B, L, N, H) to keys that it knows: output (B, L, N, H) and log-sum-exp (B, N, L).
+Attention = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 
 
 def merge(
@@ -31,6 +36,12 @@ def merge(
     shares = [jnp.swapaxes(weight_BNL / sum_BNL, 1, 2)[..., None] for weight_BNL in weights]
     out_BLNH = _total([share * out for share, out in zip(shares, outs, strict=True)], axis)
     return out_BLNH.astype(outs[0].dtype), largest_BNL + jnp.log(sum_BNL)
+
+
+def attend_to_nothing(q_BLNH: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What attention to no key gives: 0, and a log-sum-exp to which `merge` gives no weight."""
+    batch, latents, heads, _ = q_BLNH.shape
+    return jnp.zeros_like(q_BLNH), jnp.full((batch, heads, latents), MASK_VALUE / 2)
 
 
 def _total(terms, axis):
