@@ -22,10 +22,10 @@ import os
 import statistics
 import time
 import warnings
-from pathlib import Path
 
 import jax
 import numpy as np
+from processor import processor
 
 from perceiver_ar_jax import PerceiverAR, PerceiverARConfig, generate, load_pretrained
 from perceiver_ar_jax.model import init_params, prepare_for_decoding
@@ -110,13 +110,6 @@ def measured(runs, batch, args):
         "ratio": {name: round(ratio(name), 2) for name in runs},
         "prefill_sec": {name: round(min(times), 3) for name, times in first.items()},
     }
-
-
-def processor():
-    """The processor's name, with its family and model, as virtual machines hide the name."""
-    lines = [line.split(":") for line in Path("/proc/cpuinfo").read_text().splitlines() if line]
-    fields = {name.strip(): value.strip() for name, value in lines}
-    return f"{fields['model name']} family {fields['cpu family']} model {fields['model']}"
 
 
 def timed(run, new_tokens):

@@ -9,12 +9,12 @@ Prints the median over rounds of each, in seconds per window, and of their ratio
 import argparse
 import functools
 import json
-import platform
 import statistics
 import time
 
 import jax
 import numpy as np
+from processor import processor
 
 from perceiver_ar_jax import PerceiverAR, PerceiverARConfig
 from perceiver_ar_jax.model import init_params
@@ -65,7 +65,7 @@ def main() -> None:
              for _ in range(1 + args.rounds)][1:]  # fmt: skip
     medians = [statistics.median(x) / args.batch for x in zip(*times, strict=True)]
     result = {
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor(),
         "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
         "cpu_seconds_per_window": dict(zip(("evaluation", "training"), medians, strict=True)),
         "ratio": statistics.median(x / y for x, y in times),

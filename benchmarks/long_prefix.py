@@ -23,11 +23,11 @@ import subprocess
 import sys
 import time
 import warnings
-from pathlib import Path
+
+from processor import processor
 
 MODELS = ("streamed", "whole", "reference", "reference_checkpointed")
 LATENTS = 512
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
         for model in options.models:
             entries.append({"model": model, "prefix": length} | in_own_process(model, length))
             print(json.dumps(entries[-1]), file=sys.stderr, flush=True)
-    print(json.dumps({"processor": _processor(), "entries": entries}, indent=2))
+    print(json.dumps({"processor": processor(), "entries": entries}, indent=2))
 
 
 def in_own_process(model: str, length: int) -> dict:
@@ -117,7 +117,6 @@ def our_step(length: int, chunk: int, options: argparse.Namespace):
 
 def reference_step(length: int, *, checkpointing: bool):
     """The same of perceiver-io's model, with AdamW of PyTorch."""
-    sys.path.insert(0, str(ROOT / "tests"))
     import torch
     from perceiver.model.text.clm import CausalLanguageModel, CausalLanguageModelConfig
 
@@ -161,13 +160,6 @@ def _tokens(length):
     import numpy as np
 
     return np.random.default_rng(0).integers(0, 256, (1, length + LATENTS), dtype=np.int32)
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return "unknown"
 
 
 def _options() -> argparse.Namespace:

@@ -13,12 +13,12 @@ tools/draw_prefix_gain.py draws the result.
 import argparse
 import functools
 import json
-import platform
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
+from processor import processor
 
 from perceiver_ar_jax import PerceiverAR, PerceiverARConfig
 from perceiver_ar_jax.data.sources import open_source
@@ -190,13 +190,6 @@ def losses(nats: dict[int, np.ndarray]) -> list[dict]:
 
 def mean_and_error(x: np.ndarray) -> list[float]:
     return [round(float(x.mean()), 4), round(float(x.std(ddof=1) / len(x) ** 0.5), 4)]
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{named[0]}, {len(named)} cores" if named else platform.machine()
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import fsspec
 import psutil
+from processor import processor
 
 ROOT = Path(__file__).resolve().parent.parent
 MIN_SEQ_LEN, MAX_SEQ_LEN = 512, 1024
@@ -192,12 +193,6 @@ def processes() -> list[psutil.Process]:
 def cpu_seconds() -> float:
     times = [process.cpu_times() for process in processes()]
     return sum(time.user + time.system for time in times)
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    name = next((line.partition(": ")[2] for line in lines if "model name" in line), "unknown")
-    return f"{name}, {os.cpu_count()} cores"
 
 
 if __name__ == "__main__":

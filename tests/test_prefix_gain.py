@@ -1,7 +1,7 @@
 """The benchmark of what a longer prefix is worth, and its picture."""
 
 import argparse
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
@@ -16,11 +16,9 @@ DRAW = ROOT / "tools" / "draw_prefix_gain.py"
 
 @pytest.fixture(scope="module")
 def benchmark():
-    path = ROOT / "benchmarks" / "prefix_gain.py"
-    spec = importlib.util.spec_from_file_location("prefix_gain", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as environment:
+        environment.syspath_prepend(ROOT / "benchmarks")
+        return importlib.import_module("prefix_gain")
 
 
 def test_no_training_target_is_held_out_and_every_held_out_one_is_predicted_once(benchmark):
