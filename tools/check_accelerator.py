@@ -8,7 +8,6 @@ its decoding. Weights and tokens are random. `--small` does the same with a tiny
 Exit codes: 0 all is as it should be, 1 numbers are wrong or something failed, 2 bad input.
 """
 
-import argparse
 import functools
 import json
 import os
@@ -23,6 +22,7 @@ import numpy as np
 
 from perceiver_ar_jax import PerceiverAR, PerceiverARConfig, generate
 from perceiver_ar_jax._version import __version__
+from perceiver_ar_jax.command_line import Parser
 from perceiver_ar_jax.lowering import fresh_state, lower_train_step
 from perceiver_ar_jax.model import init_params
 from perceiver_ar_jax.model.attention import Visibility
@@ -49,9 +49,7 @@ BASE = PerceiverARConfig.clm_base(dtype="bfloat16", remat="names")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--output", help="where to write the JSON")
     parser.add_argument("--small", action="store_true", help="a tiny model and short inputs")
     parser.add_argument(
@@ -199,10 +197,7 @@ def timed_steps(*, config, batch_size, steps) -> dict:
         pad_mask=jnp.zeros(shape, bool),
         weights=jnp.ones(shape, jnp.float32),
     )
-    placed = jax.tree.map(
-        lambda x, y: jax.device_put(x, y), (state, batch), compiled.input_shardings[0]
-    )
-    state, batch = placed
+    state, batch = jax.device_put((state, batch), compiled.input_shardings[0])
     seconds = []
     for _ in range(steps + 2):
         start = time.perf_counter()

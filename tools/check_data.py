@@ -7,7 +7,7 @@ Reads training batches with 1, 2, 4, ... workers until the rate is reached or th
 Exit code 0: this host can feed it; 1: it cannot; 2: the source cannot be read.
 """
 
-from perceiver_ar_jax.command_line import run_script, start_script
+from perceiver_ar_jax.command_line import Parser, run_script, start_script
 
 start_script()
 
@@ -26,9 +26,7 @@ HEADROOM = 1.2  # other work of a training host takes time too
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--source", required=True, help="as in config.data.source")
     parser.add_argument("--tokens_per_sec", type=float, required=True, help="that this host needs")
     parser.add_argument("--tokenizer", default="bytes", help="as in config.data.tokenizer")
