@@ -14,7 +14,7 @@ class TokenDocument(NamedTuple):
     tokens: np.ndarray  # (T,) int32; the closing eos included where the document ends
     ends_document: bool
     num_bytes: int  # of the original data, for bits per byte
-    num_words: int = 0  # of text, separated by white space
+    num_words: int = 0  # of text, separated by white space; counted by `in_order` alone
     oddities: tuple[str, ...] = ()  # what is wrong with it, among the source's `oddities`
     counted: np.ndarray | None = None  # (T,) bool, which tokens the loss counts; None: all
 
@@ -52,7 +52,7 @@ class JoinedDocuments:
         self._sources = sources
         self._ends = list(itertools.accumulate(map(len, sources)))
         self.eos_id, self.pad_id = sources[0].eos_id, sources[0].pad_id
-        self.oddities = tuple(dict.fromkeys(name for one in sources for name in one.oddities))
+        self.oddities = oddities_of(sources)
         self.fingerprint = {"sources": [dict(source.fingerprint) for source in sources]}
 
     def __len__(self) -> int:
@@ -111,6 +111,11 @@ def blocks_of(source: DocumentSource, num_streams: int) -> DocumentBlocks:
     """The blocks that so many streams read."""
     make = getattr(source, "blocks", None)
     return (make and make(num_streams)) or SingleDocuments(source)
+
+
+def oddities_of(sources: Sequence[Any]) -> tuple[str, ...]:
+    """Everything that can be wrong with a document of any source, or of its ordered blocks."""
+    return tuple(dict.fromkeys(name for source in sources for name in source.oddities))
 
 
 def in_order(source: DocumentSource) -> Iterator[TokenDocument]:

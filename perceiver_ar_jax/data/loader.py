@@ -9,10 +9,10 @@ import numpy as np
 from absl import flags
 
 from perceiver_ar_jax.data.config import DataConfig
-from perceiver_ar_jax.data.documents import DocumentSource
+from perceiver_ar_jax.data.documents import DocumentSource, oddities_of
 from perceiver_ar_jax.data.opening import open_weighted_documents
 from perceiver_ar_jax.data.rows import pad_rows
-from perceiver_ar_jax.data.windows import OrderedBlocks, WindowDataset, oddities_of
+from perceiver_ar_jax.data.windows import OrderedBlocks, WindowDataset
 from perceiver_ar_jax.tokenizers import Tokenizer
 
 

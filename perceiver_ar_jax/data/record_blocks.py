@@ -15,6 +15,7 @@ from array_record.python import array_record_module
 from perceiver_ar_jax.data import storage
 from perceiver_ar_jax.data.crc32c import masked_crc32c
 from perceiver_ar_jax.data.highway_hash import highway_hash
+from perceiver_ar_jax.data.record_files import unframed
 
 SLACK = 1 << 14  # bytes read after a block, for the end of its last record
 RIEGELI_BLOCK, _BLOCK_HEADER, _CHUNK_HEADER = 1 << 16, 24, 40
@@ -43,11 +44,7 @@ def read_tfrecords(span: Span) -> list[bytes]:
     records = []
     while position is not None and position < span.end:
         length = _tfrecord_length(file, position)
-        framed = file.read(position, 16 + length)
-        data = framed[12:-4]
-        if masked_crc32c(data) != int.from_bytes(framed[-4:], "little"):
-            raise ValueError(f"{span.path}: wrong checksum of the record at byte {position}")
-        records.append(data)
+        records.append(unframed(span.path, position, file.read(position, 16 + length)))
         position += 16 + length
     if position is not None and position < span.size:
         # The reader of the next span would skip a record whose header is damaged.

@@ -98,7 +98,7 @@ class TFRecordFile(_RangesFile):
 
     def read(self, i: int) -> bytes:
         """The data of record `i`, its checksum verified."""
-        return _unframed(self._path, int(self._offsets[i]), super().read(i))
+        return unframed(self._path, int(self._offsets[i]), super().read(i))
 
     def _find_offsets(self) -> np.ndarray:
         return _cached_offsets(self._path)
@@ -109,7 +109,7 @@ def tfrecords(path: str) -> Iterator[bytes]:
     size = epath.Path(path).stat().length
     with epath.Path(path).open("rb") as file:
         for start, end in itertools.pairwise(_record_ends(path, size)):
-            yield _unframed(path, start, file.read(end - start))
+            yield unframed(path, start, file.read(end - start))
 
 
 def _line_ends(file):
@@ -172,7 +172,8 @@ def _record_ends(path: str, size: int):
             yield position
 
 
-def _unframed(path: str, start: int, framed: bytes) -> bytes:
+def unframed(path: str, start: int, framed: bytes) -> bytes:
+    """The data of a TFRecord that begins at byte `start` of a file, its checksum verified."""
     data = framed[12:-4]
     if masked_crc32c(data) != int.from_bytes(framed[-4:], "little"):
         raise ValueError(f"{path}: wrong checksum of the record at byte {start}")

@@ -145,7 +145,7 @@ def _is_text(file: epath.Path) -> bool:
 
 
 def _matching(pattern: str) -> list[str]:
-    if "://" not in pattern:
+    if not storage.is_remote(pattern):
         return sorted(glob.glob(pattern, recursive=True))
     *bucket, inside = pattern.split("/", 3)  # gs:, nothing, the bucket's name, what is in it
     return sorted(map(str, epath.Path("/".join(bucket)).glob(inside)))

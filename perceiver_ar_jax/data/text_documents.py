@@ -49,14 +49,15 @@ class TextDocuments:
         return None
 
     def in_order(self) -> Iterator[TokenDocument]:
-        """All documents from the first to the last."""
+        """All documents from the first to the last, their words counted."""
         source = self._source
         if source.read_records is None:
             texts = map(source.__getitem__, range(len(source)))
         else:
             blocks = TextBlocks(source, BLOCK_BYTES[0])
             texts = itertools.chain.from_iterable(read_in_order(blocks.read, len(blocks)))
-        return (tokenize(text, self._tokenizer) for text in texts)
+        for text in texts:  # training, which does not need them, counts no words
+            yield tokenize(text, self._tokenizer)._replace(num_words=len(text.text.split()))
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -121,6 +122,5 @@ def tokenize(text: Text, tokenizer: Tokenizer) -> TokenDocument:
         tokens=np.asarray(ids, np.int32),
         ends_document=text.ends_document,
         num_bytes=len(text.text.encode("utf-8", errors="replace")),
-        num_words=len(text.text.split()),
         oddities=tuple(name for name, is_odd in found.items() if is_odd),
     )

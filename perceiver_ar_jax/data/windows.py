@@ -15,7 +15,7 @@ import grain
 import numpy as np
 
 from perceiver_ar_jax.data import storage
-from perceiver_ar_jax.data.documents import DocumentSource, TokenDocument, blocks_of
+from perceiver_ar_jax.data.documents import DocumentSource, TokenDocument, blocks_of, oddities_of
 from perceiver_ar_jax.data.read_ahead import NUM_THREADS, ReadAhead
 from perceiver_ar_jax.data.rows import pad_rows, write_window
 
@@ -198,11 +198,6 @@ def drawn_sources(seed: int, step: int, num_rows: int, weights: Sequence[float])
     generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 1, step]))
     shares = np.cumsum(weights) / np.sum(weights)
     return np.searchsorted(shares[:-1], generator.random(num_rows), side="right")
-
-
-def oddities_of(sources: Sequence[DocumentSource | OrderedBlocks]) -> tuple[str, ...]:
-    """Everything that can be wrong with a document of any of the sources."""
-    return tuple(dict.fromkeys(name for source in sources for name in source.oddities))
 
 
 class _BlockReader:
