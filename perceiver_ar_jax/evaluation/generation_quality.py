@@ -124,7 +124,7 @@ def nats_of_new_tokens(
 
     def read(carry, token_B):
         hidden_BD, state = carry
-        logits_BV = model.apply(variables, hidden_BD[:, None], method="logits")[:, 0]
+        logits_BV = model.apply(variables, hidden_BD, method="logits")
         log_probs_BV = jax.nn.log_softmax(logits_BV)
         nats_B = -jnp.take_along_axis(log_probs_BV, token_B[:, None], axis=1)[:, 0]
         return policy.step(model, params, token_B, state), nats_B

@@ -1,16 +1,15 @@
 """Scores of the last tokens of sequences, in batches of similar length."""
 
 import collections
-import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from perceiver_ar_jax.data.rows import pad_rows, write_window
 from perceiver_ar_jax.evaluation.batch_size import default_batch_size
 from perceiver_ar_jax.evaluation.progress import tracked
+from perceiver_ar_jax.evaluation.text import compiled
 from perceiver_ar_jax.generation.prompt import bucket_size
 from perceiver_ar_jax.parallel import one_at_a_time
 from perceiver_ar_jax.pretrained import Pretrained
@@ -84,7 +83,8 @@ def score_sequences(
     def step(length_and_batch):
         length, batch = length_and_batch
         prefix_len = max(0, length - config.max_latents)
-        return _compiled_step(pretrained.model, prefix_len)(pretrained.params, batch)
+        run = compiled(token_log_probs_and_ranks, pretrained.model, prefix_len)
+        return run(pretrained.params, batch)
 
     for (_, _, windows), results in zip(batches, one_at_a_time(step, arrays()), strict=True):
         for row, window in enumerate(windows):
@@ -114,9 +114,3 @@ def _batch(pretrained, sequences, length, num_rows, windows) -> Batch:
         counted = np.arange(window.begin + 1, window.end) >= window.first
         write_window(rows, row, stream, documents, counted=counted)
     return Batch(**rows)
-
-
-@functools.cache
-def _compiled_step(model: Any, prefix_len: int):
-    step = functools.partial(token_log_probs_and_ranks, model=model, prefix_len=prefix_len)
-    return jax.jit(step)

@@ -60,7 +60,7 @@ def evaluate(
     Raises:
       RuntimeError: a token was not counted exactly once.
     """
-    step = functools.partial(_compiled(eval_step, model, batches.prefix_len), params)
+    step = functools.partial(compiled(eval_step, model, batches.prefix_len), params)
     placed = (to_device(Batch(**arrays)) for arrays in batches)
     sums = list(one_at_a_time(step, placed))
     nats, tokens = (math.fsum(map(float, column)) for column in zip(*sums, strict=True))
@@ -90,7 +90,7 @@ def evaluate_in_detail(
     Raises:
       RuntimeError: a token was not counted exactly once.
     """
-    step = functools.partial(_compiled(token_log_probs, model, batches.prefix_len), params)
+    step = functools.partial(compiled(token_log_probs, model, batches.prefix_len), params)
     tables = {
         "by_position": _LossTable([0, *(2**i for i in range(32))], last=2**32),
         "by_context": _LossTable.of_equal_ranges(1, model.config.max_seq_len),
@@ -166,5 +166,6 @@ class _LossTable:
 
 
 @functools.cache
-def _compiled(step, model, prefix_len):
+def compiled(step: Callable, model: PerceiverAR, prefix_len: int) -> Callable:
+    """A function of parameters and a batch, compiled once for each shape."""
     return jax.jit(functools.partial(step, model=model, prefix_len=prefix_len))

@@ -96,7 +96,7 @@ class PromptLookup:
 
     def finish(self, progress: PromptLookupProgress) -> tuple[jax.Array, jax.Array]:
         """New tokens and their log-probabilities, (R, T) each."""
-        return progress.texts.tokens_RT, progress.texts.log_probs_RT
+        return self.token_by_token.finish(progress)
 
     def _append_right_ones(self, logits_RTV, guesses_RT, usable, texts, ending):
         """Appends a token, and one more for each right guess; the texts, and how many these are."""
