@@ -86,7 +86,7 @@ def test_bfloat16_is_as_close_as_when_read_at_once():
         np.abs(logits_and_gradients(config.replace(prefix_chunk=chunk))[0] - in_float32).mean()
         for chunk in (0, 1)
     ]
-    assert errors[1] < 1.2 * errors[0]
+    assert errors[1] < 1.5 * errors[0]
 
 
 def test_dropped_attention_weights_have_the_gradient_of_their_own_draw():

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 from flax import struct
 
 MASK_VALUE = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite, or rows without keys become NaN
-LEAST_SUM = 1e-30  # of exponentials; a query that sees a key has at least 1
+LEAST_SUM = 1.0  # of exponentials: that of the largest score; without keys all of them are 0
 
 
 @struct.dataclass
