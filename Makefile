@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-RUN = runs/quickstart
+TEXT ?=
+RUN = runs/$(if $(TEXT),own_text,quickstart)
 
 # The text and tokenizers that tests read: what is there already, otherwise made here.
 TEST_DATA = $(or $(PERCEIVER_AR_DATA),$(wildcard ../shared/data),runs/test-data)
@@ -20,12 +21,15 @@ WORKERS = -n 2 --dist=loadfile --max-worker-restart=0
 
 install: $(VENV)/installed
 
+# TEXT='mine/*.txt' trains on one's own text.
 quickstart: install
-	$(BIN)/python tools/prepare_quickstart.py --data_dir=$(RUN)/data
-	$(BIN)/python train.py --config=configs/quickstart.py --workdir=$(RUN)/model
+	$(BIN)/python tools/prepare_quickstart.py --data_dir=$(RUN)/data $(if $(TEXT),--text='$(TEXT)')
+	$(BIN)/python train.py --config=configs/quickstart.py --workdir=$(RUN)/model \
+	  $(if $(TEXT),--config.data.source='$(TEXT)' --config.data.tokenizer=$(RUN)/data/tokenizer.model) \
+	  --config.sample.prompt="$$(head -n 1 $(RUN)/data/prompts.txt)"
 	$(BIN)/python tools/plot_run.py $(RUN)/model --output=$(RUN)/loss.svg
-	$(BIN)/python sample.py --model=$(RUN)/model --num_latents=8 --max_new_tokens=80 --top_k=40 \
-	  --prompt="Return a list of the names"
+	$(BIN)/python sample.py --model=$(RUN)/model --max_new_tokens=80 --temperature=0.6 --top_k=40 \
+	  --prompt_file=$(RUN)/data/prompts.txt
 
 test: $(VENV)/installed-for-tests $(TEST_DATA)
 	$(BIN)/ruff check .

@@ -143,17 +143,19 @@ def _stream(pretrained, prompt, options) -> None:
 
 
 def _print_all(pretrained, prompts, options, *, as_json: bool) -> None:
-    """Prints all continuations, as text or as one JSON object per line."""
+    """Prints all continuations, as texts with a blank line between them or as JSON lines."""
     clock = _Clock()
     continuations = pretrained.continue_texts(prompts, on_first_token=clock.first_token, **options)
     num_tokens = sum(len(continuation.tokens) for continuation in continuations)
     clock.report(num_later_tokens=max(num_tokens - len(prompts), 0))
-    for prompt, (text, tokens, log_probs) in zip(prompts, continuations, strict=True):
+    for number, (prompt, (text, tokens, log_probs)) in enumerate(
+        zip(prompts, continuations, strict=True)
+    ):
         if as_json:
             line = {"prompt": prompt, "text": prompt + text}
             print(json.dumps(line | {"tokens": tokens, "log_probs": log_probs}))
         else:
-            print(prompt + text)
+            print("\n" * (number > 0) + prompt + text)
 
 
 class _Clock:

@@ -1,13 +1,15 @@
 """Memory and time of a training step by length of the prefix, beside perceiver-io; prints JSON.
 
     python benchmarks/long_prefix.py --lengths 131072 1048576 16777216
-    python benchmarks/long_prefix.py --models streamed whole reference reference_checkpointed \
+    python benchmarks/long_prefix.py --models streamed whole dense reference \
         --lengths 4096 16384 65536
 
 A full optimizer step (forward, backward, AdamW) in float32 of 256 channels, 8 heads, 4 layers and
 512 latents, batch 1, rotary positions alone. Each figure comes from a process of its own, pinned to
 one core: the peak of its resident memory (imports and libraries included), and the fastest of
-`--steps` steps. `streamed` has `prefix_chunk` set, `whole` has not.
+`--steps` steps. `streamed` has `prefix_chunk` set, `whole` has not; `dense` is the decoder of the
+same layers in which every position is a latent, with all that saves memory (remat, attention that
+computes its weights again).
 
 The compiler takes more memory than a short step. With `--compilation_cache=FOLDER` a second call
 measures the step without it, as a run that is started again has it. A process that would take more
@@ -26,7 +28,7 @@ import warnings
 
 from processor import processor
 
-MODELS = ("streamed", "whole", "reference", "reference_checkpointed")
+MODELS = ("streamed", "whole", "dense", "reference", "reference_checkpointed")
 LATENTS = 512
 
 
@@ -64,7 +66,7 @@ def measure(model: str, length: int, options: argparse.Namespace) -> dict:
     if model.startswith("reference"):
         step = reference_step(length, checkpointing=model == "reference_checkpointed")
     else:
-        step = our_step(length, options.chunk if model == "streamed" else 0, options)
+        step = our_step(model, length, options)
     seconds = []
     for _ in range(options.steps):
         begin = time.perf_counter()
@@ -74,7 +76,7 @@ def measure(model: str, length: int, options: argparse.Namespace) -> dict:
     return {"seconds": round(min(seconds), 3), "peak_mib": round(peak), "loss": loss}
 
 
-def our_step(length: int, chunk: int, options: argparse.Namespace):
+def our_step(name: str, length: int, options: argparse.Namespace):
     """A function that takes one more step of our model and returns its loss."""
     import jax
     import numpy as np
@@ -93,7 +95,13 @@ def our_step(length: int, chunk: int, options: argparse.Namespace):
         jax.config.update("jax_compilation_cache_dir", options.compilation_cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     config = PerceiverARConfig(**_architecture(length), cross_attention_dropout=0.0)
-    model = PerceiverAR(config.replace(prefix_chunk=chunk))
+    changes = {
+        "streamed": {"prefix_chunk": options.chunk},
+        "whole": {},
+        "dense": {"max_latents": config.max_seq_len, "remat": "full", "attention": "recompute"},
+    }
+    model = PerceiverAR(config.replace(**changes[name]))
+    prefix_len = config.max_seq_len - model.config.max_latents
     tx = make_optimizer(OptimizerConfig(learning_rate=3e-4, warmup_steps=1, total_steps=100))
 
     @jax.jit
@@ -104,7 +112,7 @@ def our_step(length: int, chunk: int, options: argparse.Namespace):
     pads_BS = np.zeros(tokens_BS.shape, bool)
     batch = jax.device_put(Batch(tokens=tokens_BS, targets=tokens_BS, pad_mask=pads_BS))
     state = begin(jax.random.key(0))
-    run = functools.partial(train_step, model=model, prefix_len=length, key=jax.random.key(1))
+    run = functools.partial(train_step, model=model, prefix_len=prefix_len, key=jax.random.key(1))
     compiled = jax.jit(run, donate_argnums=0).lower(state, batch).compile()
 
     def step():

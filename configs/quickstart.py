@@ -1,4 +1,4 @@
-"""A few minutes on a CPU: a small Perceiver AR learns the English of Python's documentation.
+"""A few minutes on a CPU: a small Perceiver AR learns the English of documentation.
 
 Command:   make quickstart
 Hardware:  2 CPU cores
@@ -32,7 +32,7 @@ def get_config():
     config.optimizer.min_fraction = 0.0
     config.optimizer.b2 = 0.98
 
-    config.data.source = "runs/quickstart/data/python_docs/en/1.0.0"
+    config.data.source = "runs/quickstart/data/python_docs/en/2.0.0"
     config.data.tokenizer = "runs/quickstart/data/tokenizer.model"
     config.data.min_seq_len = 384
     config.data.num_workers = 0

@@ -40,10 +40,11 @@ class Panel:
       box: where, the labels included; title and numbers are outside of it.
       title: above.
       x_name: below the horizontal axis.
-      x_end: the last value of the horizontal axis, which begins at 0.
+      x_end: the last value of the horizontal axis.
       values: all that will be drawn; without any, the panel says so.
       labels: see `Label`.
       log: whether the horizontal axis shows log2(1 + x).
+      x_begin: the first value of the horizontal axis.
     """
 
     def __init__(
@@ -57,8 +58,9 @@ class Panel:
         values: Sequence[float],
         labels: Sequence[Label],
         log: bool = False,
+        x_begin: float = 0.0,
     ):
-        self._drawing, self._log, self._x_end = drawing, log, x_end
+        self._drawing, self._log, self._x_begin, self._x_end = drawing, log, x_begin, x_end
         longest = max([CHAR_WIDTH * len(label.text) for label in labels], default=0)
         self._box = box = box._replace(right=box.right - LABEL_GAP - longest)
         y_ticks = _ticks(min(values), max(values)) if values else [0.0, 1.0]
@@ -81,11 +83,9 @@ class Panel:
         self._draw_labels(labels)
 
     def x(self, value: float) -> float:
-        share = (
-            math.log2(1 + value) / math.log2(1 + self._x_end)
-            if self._log
-            else (value / self._x_end)
-        )
+        scale = (lambda x: math.log2(1 + x)) if self._log else float
+        first, last = scale(self._x_begin), scale(self._x_end)
+        share = (scale(value) - first) / (last - first)
         return self._box.left + (self._box.right - self._box.left) * share
 
     def y(self, value: float) -> float:
@@ -103,9 +103,10 @@ class Panel:
 
     def _x_ticks(self):
         if self._log:
-            powers = [4**i for i in range(16) if 4**i < self._x_end / 1.6]
-            return [0, *powers[1:], self._x_end]
-        ticks = _ticks(0, self._x_end, count=4)
+            powers = [4**i for i in range(1, 16)]
+            between = [x for x in powers if 1.6 * self._x_begin < x < self._x_end / 1.6]
+            return [self._x_begin, *between, self._x_end]
+        ticks = _ticks(self._x_begin, self._x_end, count=4)
         return [tick for tick in ticks if tick <= self._x_end and tick.is_integer()]
 
     def _draw_labels(self, labels):

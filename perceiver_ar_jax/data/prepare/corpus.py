@@ -1,8 +1,8 @@
 """An English corpus from what every installation has: the documentation of Python packages.
 
-The topics of `pydoc`, docstrings, other long strings and READMEs of the standard library and of
-our runtime dependencies; parsed, never imported. The same installed versions give the same
-corpus; it is meant for the quickstart and for tests, not for quoted results.
+The full sentences among the topics of `pydoc`, docstrings, other long strings and READMEs of the
+standard library and of our runtime dependencies; parsed, never imported. The same installed
+versions give the same corpus; it is meant for the quickstart and for tests, not for quoted results.
 """
 
 import argparse
@@ -12,28 +12,36 @@ import importlib.metadata
 import inspect
 import re
 import sysconfig
-import textwrap
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from perceiver_ar_jax.data.prepare.tfds_writer import Document, prepared_directory, write_dataset
 
-NAME, CONFIG, VERSION = "python_docs", "en", "1.0.0"
+NAME, CONFIG, VERSION = "python_docs", "en", "2.0.0"
 # fmt: off
 DISTRIBUTIONS = (
-    "absl-py", "etils", "flax", "grain", "jax", "ml_collections", "numpy", "optax",
-    "orbax-checkpoint", "rich", "safetensors", "scipy", "sentencepiece", "tensorboardX",
-    "tensorflow-datasets",
+    "absl-py", "etils", "flax", "fsspec", "grain", "jax", "jaxlib", "ml_collections", "numpy",
+    "optax", "orbax-checkpoint", "pip", "pygments", "rich", "safetensors", "scipy", "sentencepiece",
+    "setuptools", "tensorboardX", "tensorflow-datasets", "treescope",
 )
 # fmt: on
-VALIDATION_SHARE = 0.03
+VALIDATION_SHARE = 0.05
 
 _MIN_STRING_CHARS = 80
+_MIN_SENTENCE_CHARS = 100  # of a text that is a single one
 _MIN_DOCUMENT_CHARS = 200
 _MAX_DOCUMENT_CHARS = 20_000
 _SHINGLE_WORDS = 8
-_STARTS_AN_ITEM = re.compile(r"\s*([-*+•]|\d+[.)]|\*{0,2}\w+:)\s")
+# Lists, fields, headings, directives and doctests.
+_NOT_RUNNING_TEXT = re.compile(
+    r"(?m)^\s*(?:[-*+•|]\s|\d+[.)]\s|\.\. |[-=~^*+#]{3,}|[\w*`]+(?: \([^)]*\))?: |\w+:$)|>>>"
+)
+_ABBREVIATIONS = {"e.g.": "for example", "i.e.": "that is", "etc.": "and so on"}
+_ENDS_A_SENTENCE = re.compile(r"(?<=[.!?]) +(?=[A-Z])")
+_WORD_OF_A_SENTENCE = re.compile(
+    r"\(?(?:[A-Z]?[a-z]+(?:[-'][A-Z]?[a-z]+)*|[AI]|[A-Z]{2,5}s?)\)?[,;:.!?]?\)?|--?"
+)
 _COMMON_WORDS = frozenset(
     re.findall(
         r"\w+",
@@ -64,17 +72,12 @@ def prepare_corpus(data_dir: str | Path) -> Path:
 
 
 def collect_documents(strings_by_name: Iterable[tuple[str, list[str]]]) -> list[Document]:
-    """Documents made of the prose among the strings, without near-duplicate paragraphs."""
+    """Documents made of the prose of each string, without near-duplicates."""
     seen: set[bytes] = set()
     documents = []
     for name, strings in strings_by_name:
-        paragraphs = [
-            paragraph
-            for string in strings
-            for paragraph in paragraphs_of(string)
-            if is_prose(paragraph) and _is_new(paragraph, seen)
-        ]
-        for part, text in enumerate(_joined(paragraphs)):
+        texts = [text for text in map(prose_of, strings) if text and _is_new(text, seen)]
+        for part, text in enumerate(_joined(texts)):
             documents.append(Document(text=text, url=f"pydoc:{name}#{part}"))
     return documents
 
@@ -98,28 +101,38 @@ def split_documents(documents: list[Document]) -> dict[str, list[Document]]:
     return splits
 
 
-def paragraphs_of(string: str) -> Iterator[str]:
-    """Dedented paragraphs with reStructuredText's roles and wrapped lines undone."""
-    string = re.sub(r":[\w:]+:`~?([^`]*)`", r"`\1`", inspect.cleandoc(string)).replace("``", "`")
-    for block in re.split(r"\n\s*\n", string):
-        lines, last = [], ""
-        for line in block.splitlines():
-            if len(last) >= 60 and not _STARTS_AN_ITEM.match(line):
-                lines[-1] += " " + line.strip()
-            else:
-                lines.append(line.rstrip())
-            last = line
-        yield textwrap.dedent("\n".join(lines)).strip()
+def prose_of(string: str) -> str:
+    """The full sentences of a string, on one line; "" if they are a single short one.
+
+    A paragraph of which they are only a small part gives none.
+    """
+    string = re.sub(r":[\w:]+:`~?([^`]*)`", r"`\1`", inspect.cleandoc(string))
+    string = re.sub(r"[`*]+([A-Za-z]+)[`*]+", r"\1", string)
+    for short, words in _ABBREVIATIONS.items():
+        string = string.replace(short, words)
+    prose = []
+    for paragraph in re.split(r"\n\s*\n", string):
+        if _NOT_RUNNING_TEXT.search(paragraph):
+            continue
+        text = " ".join(paragraph.split())
+        sentences = [part for part in _ENDS_A_SENTENCE.split(text) if is_sentence(part)]
+        if sum(map(len, sentences)) >= 0.3 * len(text):
+            prose += sentences
+    text = " ".join(prose)
+    return text if len(prose) > 1 or len(text) >= _MIN_SENTENCE_CHARS else ""
 
 
-def is_prose(paragraph: str) -> bool:
-    """Whether a paragraph reads as English: enough words, letters and function words."""
-    words = re.findall(r"[A-Za-z']+", paragraph)
-    if len(words) < 8 or ">>>" in paragraph or "http" in paragraph[:10]:
+def is_sentence(text: str) -> bool:
+    """Whether a text is a sentence in plain English: its words, and enough function words."""
+    words = text.split()
+    if not 6 <= len(words) <= 50 or not text[0].isupper() or text[-1] not in ".!?":
         return False
-    plain = sum(char.isalpha() or char == " " for char in paragraph)
-    common = sum(word.lower() in _COMMON_WORDS for word in words)
-    return plain >= 0.82 * len(paragraph) and common >= 0.2 * len(words)
+    common = sum(word.lower().strip(",.") in _COMMON_WORDS for word in words)
+    return (
+        common >= 0.2 * len(words)
+        and text.count("(") == text.count(")")
+        and all(map(_WORD_OF_A_SENTENCE.fullmatch, words))
+    )
 
 
 def _is_new(paragraph: str, seen: set[bytes]) -> bool:
