@@ -230,11 +230,42 @@ def cached_logit_errors(seed: int, steps: int = 14) -> list[float]:
     return errors
 
 
-def adamw_losses(*, abs_pos_emb: bool, steps: int = 40) -> tuple[np.ndarray, np.ndarray]:
-    """Losses of our `train_step` and of the reference's training on the same batches.
+def reference_training(reference, settings: OptimizerConfig):
+    """One more training step of the reference: a function of a batch that returns its loss.
 
-    The reference's training is torch's AdamW, perceiver-io's schedule and clipping to norm 1.
+    As perceiver-io trains: torch's AdamW, its own schedule, gradients clipped to a norm.
     """
+    optimizer = torch.optim.AdamW(
+        reference.parameters(),
+        lr=settings.learning_rate,
+        betas=(settings.b1, settings.b2),
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+    )
+    schedule = CosineWithWarmupLR(
+        optimizer,
+        training_steps=settings.total_steps,
+        warmup_steps=settings.warmup_steps,
+        min_fraction=settings.min_fraction,
+    )
+
+    def step(tokens, targets, prefix_len, pads) -> float:
+        optimizer.zero_grad()
+        logits = reference_logits(reference, tokens, prefix_len, pads)
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), torch.tensor(targets[:, prefix_len:]).flatten()
+        )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(reference.parameters(), settings.clip_norm)
+        optimizer.step()
+        schedule.step()
+        return loss.item()
+
+    return step
+
+
+def adamw_losses(*, abs_pos_emb: bool, steps: int = 40) -> tuple[np.ndarray, np.ndarray]:
+    """Losses of our `train_step` and of the reference's training on the same batches."""
     config = random_config(
         0,
         vocab_size=50,
@@ -249,19 +280,7 @@ def adamw_losses(*, abs_pos_emb: bool, steps: int = 40) -> tuple[np.ndarray, np.
     settings = OptimizerConfig(learning_rate=3e-3, warmup_steps=10, total_steps=steps)
     reference = reference_model(config, 0).train()
     model, params = our_model(reference, config)
-    optimizer = torch.optim.AdamW(
-        reference.parameters(),
-        lr=settings.learning_rate,
-        betas=(settings.b1, settings.b2),
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-    )
-    schedule = CosineWithWarmupLR(
-        optimizer,
-        training_steps=settings.total_steps,
-        warmup_steps=settings.warmup_steps,
-        min_fraction=settings.min_fraction,
-    )
+    reference_step = reference_training(reference, settings)
     state = TrainState.create(params=params, tx=make_optimizer(settings))
     step = quick_jit(
         functools.partial(train_step, model=model, key=jax.random.key(0)),
@@ -275,14 +294,5 @@ def adamw_losses(*, abs_pos_emb: bool, steps: int = 40) -> tuple[np.ndarray, np.
         state, metrics = step(state, Batch(tokens, targets, pads), prefix_len=prefix_len)
         ours.append(float(metrics["loss"]))
 
-        optimizer.zero_grad()
-        logits = reference_logits(reference, tokens, prefix_len, pads)
-        loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), torch.tensor(targets[:, prefix_len:]).flatten()
-        )
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(reference.parameters(), settings.clip_norm)
-        optimizer.step()
-        schedule.step()
-        theirs.append(loss.item())
+        theirs.append(reference_step(tokens, targets, prefix_len, pads))
     return np.asarray(ours), np.asarray(theirs)
