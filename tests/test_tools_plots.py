@@ -14,6 +14,8 @@ from conftest import ROOT
 
 PLOT_RUN = ROOT / "tools" / "plot_run.py"
 PLOT_EVALUATION = ROOT / "tools" / "plot_evaluation.py"
+DRAW_LONG_PREFIX = ROOT / "tools" / "draw_long_prefix.py"
+DRAW_LEARNING = ROOT / "tools" / "draw_learning.py"
 CHAR_WIDTH = 0.54  # of the font size, on average, in a wide font
 
 
@@ -157,6 +159,43 @@ def test_what_is_no_evaluation_gets_one_line(tmp_path, text):
     assert done.returncode == 2
     assert done.stderr.startswith(f"plot_evaluation.py: {tmp_path / 'result.json'}: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_memory_by_prefix_ends_where_a_model_did_not_fit(tmp_path):
+    entries = [
+        {"model": model, "prefix": prefix, "peak_mib": 1024 * gib}
+        for model, prefix, gib in [("streamed", 2048, 1), ("streamed", 8192, 1), ("dense", 2048, 4)]
+    ]
+    entries.append({"model": "dense", "prefix": 8192, "failed": "out of memory"})
+    (tmp_path / "result.json").write_text(json.dumps({"entries": entries}))
+    done = run(DRAW_LONG_PREFIX, tmp_path / "result.json", "--output", tmp_path / "result.svg")
+    assert done.returncode == 0, done.stderr
+    svg = ElementTree.parse(tmp_path / "result.svg").getroot()
+    assert_texts_are_apart(svg)
+    assert len(elements(svg, "circle")) == 3
+    assert {"dense decoder: 4.00", "2,048", "8,192"} <= set(texts(svg))
+
+
+def test_learning_is_drawn_by_step_and_by_time(tmp_path):
+    losses = {"ours": [3.0] * 20 + [2.0] * 25, "perceiver-io": [3.0] * 20 + [2.5] * 25}
+    seconds = {"ours": [6.0] * 45, "perceiver-io": [12.0] * 45}
+    result = {"losses": losses, "seconds": seconds}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    done = run(DRAW_LEARNING, tmp_path / "result.json", "--output", tmp_path / "result.svg")
+    assert done.returncode == 0, done.stderr
+    svg = ElementTree.parse(tmp_path / "result.svg").getroot()
+    assert_texts_are_apart(svg)
+    assert texts(svg).count("ours: 2.00") == texts(svg).count("perceiver-io: 2.50") == 2
+    assert len(elements(svg, "path")) == 4
+
+
+@pytest.mark.parametrize("tool", [DRAW_LONG_PREFIX, DRAW_LEARNING])
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_what_is_not_a_result_of_the_benchmark_gets_one_line(tmp_path, tool, text):
+    (tmp_path / "result.json").write_text(text)
+    done = run(tool, tmp_path / "result.json")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"{tool.name}: ") and done.stderr.count("\n") == 1
 
 
 def test_compression_baselines_are_what_gzip_and_xz_make_of_the_text(tmp_path):
