@@ -28,7 +28,7 @@ quickstart: install
 	  $(if $(TEXT),--config.data.source='$(TEXT)' --config.data.tokenizer=$(RUN)/data/tokenizer.model) \
 	  --config.sample.prompt="$$(head -n 1 $(RUN)/data/prompts.txt)"
 	$(BIN)/python tools/plot_run.py $(RUN)/model --output=$(RUN)/loss.svg
-	$(BIN)/python sample.py --model=$(RUN)/model --max_new_tokens=80 --temperature=0.6 --top_k=40 \
+	$(BIN)/python sample.py --model=$(RUN)/model --max_new_tokens=80 --temperature=0.5 --top_k=40 \
 	  --prompt_file=$(RUN)/data/prompts.txt
 
 test: $(VENV)/installed-for-tests $(TEST_DATA)

@@ -9,11 +9,11 @@ from perceiver_ar_jax.run_config import default_config
 
 def get_config():
     config = default_config()
-    config.steps = 800
+    config.steps = 1000
     config.batch_size = 4
     config.log_every = 20
-    config.eval_every = 200
-    config.checkpoint_every = 200
+    config.eval_every = 250
+    config.checkpoint_every = 250
 
     config.model.vocab_size = 4096
     config.model.max_seq_len = 512
@@ -28,7 +28,7 @@ def get_config():
     config.model.output_bias = False
 
     config.optimizer.learning_rate = 2e-3
-    config.optimizer.warmup_steps = 80
+    config.optimizer.warmup_steps = 100
     config.optimizer.min_fraction = 0.0
     config.optimizer.b2 = 0.98
 
@@ -37,6 +37,7 @@ def get_config():
     config.data.min_seq_len = 384
     config.data.num_workers = 0
 
-    config.sample.prompt = "Return a list of the names"
+    config.sample.prompt = "By default, all elements are"
     config.sample.num_latents = 8
+    config.sample.temperature = 0.5
     return config

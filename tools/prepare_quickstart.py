@@ -16,6 +16,7 @@ from perceiver_ar_jax.tokenizers import train_sentencepiece
 
 MAX_VOCAB_SIZE = 4096
 CHARACTERS_PER_TOKEN = 100  # that the text has for each token of the vocabulary, at least
+LEAST_CHARACTERS = 50_000
 NUM_PROMPTS = 3
 WORDS_OF_A_PROMPT = 5
 
@@ -37,6 +38,10 @@ def main() -> int:
 def _prepare(source: str, folder: Path) -> None:
     texts = _texts(source, training_split(source, "train", "validation"))
     size = sum(map(len, texts))
+    if size < LEAST_CHARACTERS:
+        raise ValueError(
+            f"{source} has {size:,} characters to train on: {LEAST_CHARACTERS:,} are needed"
+        )
     tokenizer, prompts = folder / "tokenizer.model", folder / "prompts.txt"
     if not tokenizer.is_file():
         vocab_size = min(MAX_VOCAB_SIZE, size // CHARACTERS_PER_TOKEN)
