@@ -17,7 +17,7 @@ FAST = $(addprefix tests/test_, architecture.py command_line.py conversion_files
 # A crashed worker ends the run; without the limit xdist waits forever for the one it replaced.
 WORKERS = -n 2 --dist=loadfile --max-worker-restart=0
 
-.PHONY: install quickstart test test-fast test-slow test-data format clean
+.PHONY: install quickstart test test-fast test-slow test-data docs format clean
 
 install: $(VENV)/installed
 
@@ -45,6 +45,10 @@ test-slow: $(VENV)/installed-for-tests $(TEST_DATA)
 	$(BIN)/python -m pytest -m slow
 
 test-data: $(TEST_DATA)
+
+docs: $(VENV)/installed-for-tests
+	$(BIN)/sphinx-build -q -W --keep-going docs docs/_build/html
+	@echo docs/_build/html/index.html
 
 format: $(VENV)/installed-for-tests
 	$(BIN)/ruff format .
