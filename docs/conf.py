@@ -9,7 +9,6 @@ from pathlib import Path
 
 from perceiver_ar_jax import __version__
 
-
 ROOT = Path(__file__).resolve().parent.parent
 PAGES_OF_ROOT = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
 
