@@ -10,11 +10,11 @@ before them, the other 512 read the first as prefix, as in c4_base. So a step tr
 tokens of the same text. The model and its checkpoints are those of c4_base.
 """
 
-from configs import c4_base
+from perceiver_ar_jax.presets import preset
 
 
 def get_config():
-    config = c4_base.get_config()
+    config = preset("c4_base")
     config.latent_windows = 2
     config.batch_size //= 2  # as many trained tokens per step
     return config

@@ -11,11 +11,11 @@ prefix is dropped in training (paper, appendix E.2), which halves the keys of th
 spread one window over several devices, give the mesh a context axis: --config.mesh.context=8.
 """
 
-from configs import c4_base
+from perceiver_ar_jax.presets import preset
 
 
 def get_config():
-    config = c4_base.get_config()
+    config = preset("c4_base")
     config.batch_size = 256
     config.model.max_seq_len = 32_768
     config.model.cross_attention_dropout = 0.5

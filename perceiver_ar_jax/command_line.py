@@ -6,6 +6,7 @@ Importing it costs nothing, so that scripts are quiet from their first moment on
 import argparse
 import os
 import platform
+import re
 import signal
 import sys
 import zlib
@@ -29,9 +30,11 @@ ACCELERATORS = ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "kfd")  # in /dev
 class Parser(argparse.ArgumentParser):
     """The parser of a script, whose --help begins with the script's docstring."""
 
-    def __init__(self, description: str | None):
+    def __init__(self, description: str):
         super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+            prog=program(),
+            description=as_typed(description),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
     def add(self, name: str, help: str, **options: Any) -> None:
@@ -39,6 +42,21 @@ class Parser(argparse.ArgumentParser):
         if options.get("default") is not None:
             help += " (default: %(default)s)"
         self.add_argument(name, help=help, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Leaves out the usage: bad input gets one line."""
+        self.exit(fail(self.prog, f"{message} (--help explains)", BAD_INPUT))
+
+
+def program() -> str:
+    """What runs: `train.py`, or `perceiver-ar train`."""
+    return os.path.basename(sys.argv[0])
+
+
+def as_typed(text: str) -> str:
+    """The help of a command: `perceiver-ar train` is `python train.py` where that was typed."""
+    name = program()
+    return re.sub(r"perceiver-ar \w+", f"python {name}", text) if name.endswith(".py") else text
 
 
 def start_script() -> None:
@@ -57,11 +75,11 @@ def clean_up_on_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def run_script(program: str, main: Callable[[], int]) -> NoReturn:
+def run_script(name: str, main: Callable[[], int]) -> NoReturn:
     """Ends the process with the exit code of `main`; Ctrl-C and closed pipes end it silently."""
     try:
         try:
-            code = exit_code(program, main)
+            code = exit_code(name, main)
         except SystemExit as end:  # by argparse, after --help
             code = end.code
         sys.stdout.flush()
@@ -74,24 +92,24 @@ def run_script(program: str, main: Callable[[], int]) -> NoReturn:
     sys.exit(code)
 
 
-def exit_code(program: str, run: Callable[[], int]) -> int:
+def exit_code(name: str, run: Callable[[], int]) -> int:
     """What `run` returns; 2 after bad input, or the error's own exit code, each with one line."""
     try:
         return run()
     except BrokenPipeError:
         raise
     except (ValueError, OSError) as error:
-        return fail(program, error, BAD_INPUT)
+        return fail(name, error, BAD_INPUT)
     except Exception as error:
         if code := getattr(error, "exit_code", None):
-            return fail(program, error, code)
+            return fail(name, error, code)
         raise
 
 
-def fail(program: str, error: object, code: int) -> int:
+def fail(name: str, error: object, code: int) -> int:
     """Prints the error as one line; returns the code."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    print(f"{program}: {' '.join(lines)}", file=sys.stderr)
+    print(f"{name}: {' '.join(lines)}", file=sys.stderr)
     return code
 
 

@@ -15,6 +15,7 @@ from etils import epath
 
 from perceiver_ar_jax import data
 from perceiver_ar_jax._version import __version__
+from perceiver_ar_jax.command_line import program
 from perceiver_ar_jax.data.loader import differing_entries
 from perceiver_ar_jax.evaluation import evaluate
 from perceiver_ar_jax.lowering import lower_train_step
@@ -167,7 +168,7 @@ class _Loop:
         except NonFiniteError as error:
             self.checkpointer.close()
             good = max(self.checkpointer.steps(), default="none")
-            _say(f"train.py: {error}; last good checkpoint: {good}", file=sys.stderr)
+            _say(f"{program()}: {error}; last good checkpoint: {good}", file=sys.stderr)
             return NON_FINITE
         finally:
             self.report.close()

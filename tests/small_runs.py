@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from configs import tiny
 from perceiver_ar_jax import train_loop
+from perceiver_ar_jax.presets import preset
 from perceiver_ar_jax.run_config import RunConfig
 
 WORDS = ("the", "a", "of", "river", "house", "yellow", "runs", "sees", "and", "then", "often")
@@ -21,7 +21,7 @@ def write_text(folder: Path) -> Path:
 
 
 def small_run(text: Path, **changes):
-    config = tiny.get_config()
+    config = preset("tiny")
     config.data.source = str(text)
     config.steps = 12
     config.optimizer.total_steps = 12  # the schedule, also of a run that is cut short

@@ -10,8 +10,8 @@ from pathlib import Path
 import jax
 import pytest
 
-import sample
 from perceiver_ar_jax import PerceiverAR, PerceiverARConfig
+from perceiver_ar_jax.commands import sample
 from perceiver_ar_jax.model import init_params
 from perceiver_ar_jax.pretrained import save_pretrained
 from perceiver_ar_jax.tokenizers import ByteTokenizer

@@ -5,9 +5,9 @@ import re
 import pytest
 from small_models import small_config
 
-from configs import c4_base
 from perceiver_ar_jax import PerceiverARConfig
 from perceiver_ar_jax.config import COMPUTATION, ROLES, fields_with_role, reference_fields
+from perceiver_ar_jax.presets import preset
 from perceiver_ar_jax.run_config import RunConfig
 
 
@@ -135,10 +135,10 @@ def test_half_of_the_channels_rotate_with_absolute_positions_rounded_up_to_pairs
     assert config.num_rotated_channels == rotated
 
 
-def test_c4_base_is_the_preset():
-    config = RunConfig.from_config(c4_base.get_config())
-    preset = PerceiverARConfig.clm_base(dtype="bfloat16", remat="names", scan_layers=True)
-    assert config.model == preset
+def test_c4_base_is_clm_base():
+    config = RunConfig.from_config(preset("c4_base"))
+    clm_base = PerceiverARConfig.clm_base(dtype="bfloat16", remat="names", scan_layers=True)
+    assert config.model == clm_base
     assert config.batch_size * config.steps * preset.max_latents == 52_428_800_000
 
 

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import os
 import subprocess
@@ -21,13 +20,10 @@ from reference_tensors import (
 from torch_zip import text, write_archive
 
 from perceiver_ar_jax import convert, load_pretrained
+from perceiver_ar_jax.commands import convert as convert_command
 from perceiver_ar_jax.conversion import read_reference
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "convert_from_torch.py"
-spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
-convert_from_torch = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(convert_from_torch)
 MODEL = SMALL.replace(num_self_attention_layers=1)
 
 
@@ -38,7 +34,7 @@ def hub_folder(tmp_path):
 
 
 def run(*arguments) -> int:
-    return convert_from_torch.main([str(argument) for argument in arguments])
+    return convert_command.main([str(argument) for argument in arguments])
 
 
 def test_a_converted_folder_loads_and_has_a_certificate(hub_folder, tmp_path):
@@ -92,8 +88,10 @@ def test_a_dry_run_needs_no_output_reports_and_writes_nothing(hub_folder, tmp_pa
 
 def test_help_shows_defaults_and_an_example_and_imports_nothing_heavy():
     program = (
-        "import sys, convert_from_torch\n"
-        "try: convert_from_torch.main(['--help'])\n"
+        "import sys\n"
+        "from perceiver_ar_jax.commands import convert\n"
+        "sys.argv = ['convert_from_torch.py']\n"
+        "try: convert.main(['--help'])\n"
         "except SystemExit: pass\n"
         "print(sorted({name.split('.')[0] for name in sys.modules} & {'jax', 'numpy', 'flax'}))\n"
     )
@@ -211,11 +209,12 @@ def test_an_existing_output_is_replaced_only_with_overwrite(hub_folder, tmp_path
 
 def test_ctrl_c_removes_the_unfinished_folder_and_is_silent(hub_folder, tmp_path):
     program = (
-        "import os, signal, sys, convert_from_torch\n"
-        "from perceiver_ar_jax import convert, command_line\n"
+        "import os, signal, sys\n"
+        "from perceiver_ar_jax import command_line, convert\n"
+        "from perceiver_ar_jax.commands import convert as command\n"
         "convert.save_pretrained = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)\n"
         "command_line.start_quietly()\n"
-        "command_line.run_script('x', lambda: convert_from_torch.main(sys.argv[1:]))\n"
+        "command_line.run_script('x', lambda: command.main(sys.argv[1:]))\n"
     )
     arguments = [str(hub_folder), "--output", str(tmp_path / "ours"), "--verify", "none"]
     done = subprocess.run(
@@ -284,7 +283,7 @@ def test_the_command_compares_logits_with_perceiver_io_by_default(hub_folder, tm
     import_reference("torch")
     write_config(hub_folder, MODEL, activation_offloading=True)
     done = subprocess.run(
-        [sys.executable, SCRIPT, hub_folder, "--output", tmp_path / "ours"],
+        [sys.executable, ROOT / "convert_from_torch.py", hub_folder, "--output", tmp_path / "ours"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,

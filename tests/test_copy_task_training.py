@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from small_runs import metrics, train
 
-from configs import copy
 from perceiver_ar_jax import train_loop
+from perceiver_ar_jax.presets import preset
 
 
 def tiny_copy(**changes):
     """Bytes a b c d, then d c b a; c, b, a and eos are predicted."""
-    config = copy.get_config("8")
+    config = preset("copy", "8")
     config.steps = config.eval_every = config.checkpoint_every = 60
     config.batch_size = 256
     config.log_every = 20
@@ -56,6 +56,6 @@ def test_a_small_model_learns_to_copy_and_its_accuracy_is_measured(tmp_path, mon
     [("32", 16, 32), ("128", 64, 128), ("4096", 512, 2560), ("131072", 512, 66048)],
 )
 def test_all_latents_of_every_window_of_the_config_count(positions, num_latents, shortest):
-    config = copy.get_config(positions)
+    config = preset("copy", positions)
     assert config.model.max_latents == num_latents
     assert config.data.min_seq_len == shortest == int(positions) // 2 + num_latents

@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-import sys
 import types
 
 import jax
@@ -13,8 +12,8 @@ from sharded_training import CONFIG, evaluation_batches
 from small_models import quick_jit, random_params, small_config
 from small_runs import metrics, small_run, train, write_text
 
-import evaluate as evaluate_script
 from perceiver_ar_jax import PerceiverAR, load_pretrained, train_loop
+from perceiver_ar_jax.commands import evaluate as evaluate_command
 from perceiver_ar_jax.data import DataConfig, EvaluationBatches
 from perceiver_ar_jax.data import evaluation_batches as read_batches
 from perceiver_ar_jax.evaluation import Evaluation, evaluate, evaluate_in_detail, progress
@@ -121,7 +120,7 @@ def test_progress_is_told_on_standard_error_with_an_eta(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("respect_documents", [True, False])
-def test_evaluate_gives_the_loss_of_the_run(respect_documents, tmp_path, monkeypatch, capsys):
+def test_evaluate_gives_the_loss_of_the_run(respect_documents, tmp_path, capsys):
     text = write_text(tmp_path)
     config = small_run(text, steps=1, data={"respect_documents": respect_documents})
     assert train(config, tmp_path / "run") == train_loop.DONE
@@ -129,9 +128,8 @@ def test_evaluate_gives_the_loss_of_the_run(respect_documents, tmp_path, monkeyp
     output = tmp_path / "result.json"
     flags = [f"--model={tmp_path / 'run'}", f"--text={text}", "--split=validation"]
     flags += [f"--output={output}"]
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags])
     capsys.readouterr()
-    assert evaluate_script.main() == 0
+    assert evaluate_command.main(flags) == 0
     line = json.loads(capsys.readouterr().out)
     np.testing.assert_allclose(line["nats_per_token"], expected, rtol=1e-6)
     assert line["respect_documents"] == respect_documents

@@ -8,7 +8,7 @@ from absl import flags
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import train
+from perceiver_ar_jax.commands import train
 from perceiver_ar_jax.run_config import RunConfig, default_config
 
 # ml_collections loads config files in a way that Python 3.12 drops; it has another one for that.

@@ -11,8 +11,8 @@ import pytest
 from conftest import ROOT
 from small_models import quick_jit, random_params, random_tokens, small_config
 
-import evaluate
 from perceiver_ar_jax import PerceiverAR
+from perceiver_ar_jax.commands import evaluate
 from perceiver_ar_jax.evaluation import probes
 from perceiver_ar_jax.evaluation.generation_quality import (
     SEARCHES,

@@ -13,8 +13,8 @@ import pytest
 from small_runs import losses, metrics, train
 from train_processes import ROOT, start_processes, wait
 
-from configs import c4_base
 from perceiver_ar_jax import load_pretrained, train_loop
+from perceiver_ar_jax.presets import preset
 
 NARROW = {
     "steps": 6,
@@ -60,7 +60,7 @@ def flags(shared_data, c4_pages, tmp_path_factory) -> list[str]:
 
 def config_of(flags: list[str], **changes):
     """The same settings for a run in this process."""
-    config = c4_base.get_config()
+    config = preset("c4_base")
     for name, value in (flag[len("--config.") :].split("=", 1) for flag in flags[1:]):
         *sections, last = name.split(".")
         section = config
