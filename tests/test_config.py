@@ -139,7 +139,7 @@ def test_c4_base_is_clm_base():
     config = RunConfig.from_config(preset("c4_base"))
     clm_base = PerceiverARConfig.clm_base(dtype="bfloat16", remat="names", scan_layers=True)
     assert config.model == clm_base
-    assert config.batch_size * config.steps * preset.max_latents == 52_428_800_000
+    assert config.batch_size * config.steps * clm_base.max_latents == 52_428_800_000
 
 
 def test_every_field_has_a_role_and_a_check():
