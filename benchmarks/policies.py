@@ -1,6 +1,6 @@
 """How well a model predicts a text when it reads it token by token, by decoding policy; JSON.
 
-    python benchmarks/policies.py --model DIR --text runs/quickstart/data/python_docs/en/1.0.0
+    python benchmarks/policies.py --model DIR --text runs/quickstart/data/python_docs/en/2.0.0
 
 Each row of the text begins with a prompt; the tokens after it are given to the policy one at a
 time, as `generate` gives it the tokens it chose, and each is scored by what the caches predicted.
