@@ -24,6 +24,10 @@ MALLOC_SETTINGS = {
     "MALLOC_TOP_PAD_": str(2**28),
 }
 RESTARTED = "PERCEIVER_AR_RESTARTED"
+SCRIPTS = {
+    "convert": "convert_from_torch.py",
+    "tokenizer": "tools/train_tokenizer.py",
+}  # or NAME.py
 ACCELERATORS = ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "kfd")  # in /dev
 
 
@@ -54,9 +58,11 @@ def program() -> str:
 
 
 def as_typed(text: str) -> str:
-    """The help of a command: `perceiver-ar train` is `python train.py` where that was typed."""
-    name = program()
-    return re.sub(r"perceiver-ar \w+", f"python {name}", text) if name.endswith(".py") else text
+    """The help of a command; `perceiver-ar train` is `python train.py` to who runs scripts."""
+    if not program().endswith(".py"):
+        return text
+    script = lambda command: SCRIPTS.get(command[1], f"{command[1]}.py")
+    return re.sub(r"perceiver-ar (\w+)", lambda command: f"python {script(command)}", text)
 
 
 def start_script() -> None:

@@ -118,6 +118,24 @@ def load_pretrained(
     return pretrained if weights is None else _prepared(pretrained, weights)
 
 
+def model_of(path: str | Path) -> tuple[PerceiverARConfig, str | None]:
+    """The model of a workdir or converted folder of ours and its tokenizer's folder, if it has one.
+
+    Raises:
+      ValueError: the folder is not one of ours.
+    """
+    folder = epath.Path(path)
+    description = _description(folder)
+    if description is None:
+        raise ValueError(
+            f"{path} is not a workdir or a converted model; perceiver-ar convert makes one of a "
+            "perceiver-io checkpoint"
+        )
+    tokenizer = folder / TOKENIZER_FOLDER
+    config = PerceiverARConfig.from_dict(description["model"])
+    return config, str(tokenizer) if tokenizer.is_dir() else None
+
+
 def save_pretrained(
     folder: str | Path,
     config: PerceiverARConfig,

@@ -2,7 +2,8 @@
 
 Example:
   perceiver-ar tokenizer mine/*.txt --vocab_size=2048 --output=mine.model
-  perceiver-ar train --config=text_cpu --config.data.tokenizer=mine.model ...
+  perceiver-ar train --config=text_cpu --config.data.source="mine/*.txt" \\
+    --config.data.tokenizer=mine.model --config.model.vocab_size=2048
 
 The same text in the same order gives the same file. Without a tokenizer, models read bytes, which
 suits texts below a few megabytes.
