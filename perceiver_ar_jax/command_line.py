@@ -24,10 +24,8 @@ MALLOC_SETTINGS = {
     "MALLOC_TOP_PAD_": str(2**28),
 }
 RESTARTED = "PERCEIVER_AR_RESTARTED"
-SCRIPTS = {
-    "convert": "convert_from_torch.py",
-    "tokenizer": "tools/train_tokenizer.py",
-}  # or NAME.py
+# The scripts of commands whose names are not NAME.py.
+SCRIPTS = {"convert": "convert_from_torch.py", "tokenizer": "tools/train_tokenizer.py"}
 ACCELERATORS = ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "kfd")  # in /dev
 
 
