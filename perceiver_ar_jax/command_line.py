@@ -9,6 +9,7 @@ import platform
 import re
 import signal
 import sys
+import traceback
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -79,8 +80,13 @@ def clean_up_on_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def run_script(name: str, main: Callable[[], int]) -> NoReturn:
-    """Ends the process with the exit code of `main`; Ctrl-C and closed pipes end it silently."""
+def run_script(
+    name: str, main: Callable[[], int], leave: Callable[[int], NoReturn] = sys.exit
+) -> NoReturn:
+    """Ends the process with the exit code of `main`; Ctrl-C and closed pipes end it silently.
+
+    `leave` is what ends it, given the exit code.
+    """
     try:
         try:
             code = exit_code(name, main)
@@ -91,9 +97,12 @@ def run_script(name: str, main: Callable[[], int]) -> NoReturn:
         code = INTERRUPTED
     except BrokenPipeError:
         code = BROKEN_PIPE
+    except Exception:  # a fault of ours
+        traceback.print_exc()
+        code = 1
     if code == BROKEN_PIPE:  # so that the interpreter has nothing left to complain about
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(code)
+    leave(code)
 
 
 def exit_code(name: str, run: Callable[[], int]) -> int:

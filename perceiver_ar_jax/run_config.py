@@ -105,6 +105,7 @@ class RunConfig:
     init_from: str = ""  # weights to begin with: a workdir, a converted or a PyTorch checkpoint
     resume_from: str = ""  # another run's workdir, to continue in this one
     compilation_cache: str = ""  # a folder that lets the next start skip the compiler
+    lost_after: float = 60.0  # seconds without a sign of life of a host; the others then exit
     model: PerceiverARConfig = dataclasses.field(default_factory=PerceiverARConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -194,6 +195,8 @@ class RunConfig:
                 yield f"{name} must be at least {low}, not {getattr(self, name)!r}"
         if not 0 <= self.ema_decay < 1:
             yield f"ema_decay must be from 0 to below 1, not {self.ema_decay}"
+        if not 1 <= self.lost_after < 100:  # then JAX aborts by itself
+            yield f"lost_after must be from 1 to below 100 seconds, not {self.lost_after}"
         if self.init_from and self.resume_from:
             yield "init_from and resume_from exclude each other"
         if self.sample.num_latents > self.model.max_latents:

@@ -33,6 +33,7 @@ from perceiver_ar_jax.parallel import (
     on_first,
     to_global,
     use_mesh,
+    wait_for_verdict,
 )
 from perceiver_ar_jax.parallel.chips import chip_of
 from perceiver_ar_jax.preemption import Preemption
@@ -68,10 +69,18 @@ def run(run: RunConfig, workdir: str | Path, *, dry_run: bool = False) -> int:
       CheckpointError: the workdir has checkpoints, but none is intact.
       SaveError: a checkpoint cannot be written.
     """
+    try:
+        return _run(run, epath.Path(workdir), dry_run=dry_run)
+    except Exception as error:
+        if not isinstance(error, ValueError):  # a lost process may have caused it
+            wait_for_verdict()
+        raise
+
+
+def _run(run: RunConfig, workdir: epath.Path, *, dry_run: bool) -> int:
     timeline = Timeline()
-    workdir = epath.Path(workdir)
     tokenizer = load_tokenizer(run.data.tokenizer, vocab_size=run.model.vocab_size)
-    join_processes()
+    join_processes(lost_after=run.lost_after)
     facts = {"config": _sha256(run.to_dict()), "tokenizer": tokenizer.sha256}
     check_agreement({"version": __version__, **facts})
     if run.compilation_cache:

@@ -36,6 +36,11 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--processes", type=int, default=1, help="Joined by jax.distributed.")
     parser.add_argument("--devices", type=int, default=1, help="CPU devices of each process.")
+    parser.add_argument(
+        "--lose_one",
+        action="store_true",
+        help="SIGKILL to one of several processes, never SIGTERM; the others must exit with 75.",
+    )
     parser.add_argument("--seed", type=int, default=0, help="Seed of the kill times.")
     parser.add_argument(
         "--stuck_after",
@@ -67,9 +72,11 @@ def torture(options: argparse.Namespace) -> int:
     rng = random.Random(options.seed)
     for kill in range(options.kills):
         number = rng.choice((signal.SIGKILL, signal.SIGTERM))
+        number = signal.SIGKILL if options.lose_one else number
         # Spread over the run: kill number k comes when about k / kills of it are done.
         at = (kill + rng.random()) * total / (options.kills + 1)
-        step = run.until(killed, at, number, jitter=rng.uniform(0, 0.3))
+        jitter, victim = rng.uniform(0, 0.3), rng.randrange(options.processes)
+        step = run.until(killed, at, number, jitter=jitter, victim=victim)
         print(f"kill {kill + 1}: {number.name} at step {step}", flush=True)
     if (code := run.to_end(killed)) != 0:
         print(f"the killed run ended with exit code {code}", file=sys.stderr)
@@ -95,7 +102,7 @@ class Run:
 
     def __init__(self, flags: list[str], options: argparse.Namespace):
         self._flags, self._count = flags, options.processes
-        self._stuck_after = options.stuck_after
+        self._stuck_after, self._lose_one = options.stuck_after, options.lose_one
         self._environment = os.environ | {
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
@@ -108,18 +115,22 @@ class Run:
         self._watch(processes, workdir, lambda: False)
         return max(process.returncode for process in processes)
 
-    def until(self, workdir: Path, step: float, number: signal.Signals, jitter: float) -> int:
+    def until(
+        self, workdir: Path, step: float, number: signal.Signals, *, jitter: float, victim: int
+    ) -> int:
         """Runs to a step and a little on, then sends the signal; returns the step it was at."""
         processes = self._start(workdir)
         self._watch(processes, workdir, lambda: max(steps_of(workdir), default=-1) >= step)
         time.sleep(jitter)
-        processes[-1].send_signal(number)  # to one of several; the others follow
-        if number == signal.SIGKILL:
+        processes[victim].send_signal(number)  # to one of several; the others follow
+        if number == signal.SIGKILL and not self._lose_one:
             for process in processes:
                 process.kill()
         self._watch(processes, workdir, lambda: False)
         codes = {process.returncode for process in processes}
         expected = {-signal.SIGKILL} if number == signal.SIGKILL else {143, -signal.SIGTERM}
+        if self._lose_one:
+            expected.add(os.EX_TEMPFAIL)
         if not codes <= expected | {0}:
             raise RuntimeError(f"{number.name} at step {step:.0f} gave exit codes {sorted(codes)}")
         return max(steps_of(workdir), default=0)

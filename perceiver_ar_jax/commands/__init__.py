@@ -56,7 +56,14 @@ def run_command(name: str) -> NoReturn:
         module = importlib.import_module(f"{__name__}.{name}")
         return module.main(sys.argv[1:])
 
-    run_script(program(), run)
+    run_script(program(), run, _leave)
+
+
+def _leave(code: int) -> NoReturn:
+    processes = sys.modules.get("perceiver_ar_jax.parallel.processes")
+    if processes is not None:  # of several processes, the others are told
+        processes.end_process(code)
+    sys.exit(code)
 
 
 def _without_command(given: str) -> int:

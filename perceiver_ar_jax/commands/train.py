@@ -14,7 +14,8 @@ Flags:
   --help            prints this
 
 Exit codes: 0 done, 2 bad input, 3 loss or gradient not finite, 4 no intact checkpoint,
-130 interrupted and saved, 143 preempted and saved.
+75 another host or the network is lost (the same command again goes on), 130 interrupted and saved,
+143 preempted and saved.
 """
 
 import difflib

@@ -8,11 +8,13 @@ from perceiver_ar_jax.parallel.mesh import (
 )
 from perceiver_ar_jax.parallel.processes import (
     check_agreement,
+    end_process,
     gather,
     is_first,
     join_processes,
     on_first,
     one_at_a_time,
+    wait_for_verdict,
 )
 from perceiver_ar_jax.parallel.sharding import (
     batch_sharding,
@@ -35,6 +37,7 @@ __all__ = [
     "check_agreement",
     "check_batch_size",
     "constrain",
+    "end_process",
     "gather",
     "has_context",
     "is_first",
@@ -50,4 +53,5 @@ __all__ = [
     "shardings_by_path",
     "to_global",
     "use_mesh",
+    "wait_for_verdict",
 ]

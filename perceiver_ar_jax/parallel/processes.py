@@ -10,26 +10,34 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from perceiver_ar_jax.parallel.peers import LOST_AFTER, Peers
+
 BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 JOIN_SECONDS = 300
 
+_peers: Peers | None = None
+
 
 def join_processes(
-    environment: Mapping[str, str] = os.environ, *, seconds: float = JOIN_SECONDS
+    environment: Mapping[str, str] = os.environ,
+    *,
+    seconds: float = JOIN_SECONDS,
+    lost_after: float = LOST_AFTER,
 ) -> None:
     """Calls `jax.distributed.initialize` if this process is, or may be, one of several.
 
     On a TPU host, and under SLURM or Open MPI with more than one task, JAX finds the other
     processes. Elsewhere set JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and
     JAX_PROCESS_ID in each process. If the others do not join in time, the process prints how many
-    have joined and ends with exit code 2.
+    have joined and ends with exit code 2. From then on, if one of them gives no sign of life for
+    `lost_after` seconds or ends with an error, the process prints which and ends with exit code 75.
 
     Raises:
       ValueError: some of the three variables are set, but not all.
@@ -56,6 +64,23 @@ def join_processes(
         )
     finally:
         joined.set()
+    _watch_peers(lost_after)
+
+
+def wait_for_verdict() -> None:
+    """After an error that a lost process may have caused, gives the watch the time to find out.
+
+    If one is lost, this process ends with exit code 75; otherwise the call returns.
+    """
+    if _peers is not None:
+        _peers.wait_for_verdict()
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends this process; if it is one of several and failed, the others are told."""
+    if _peers is not None:
+        _peers.end(code)
+    sys.exit(code)
 
 
 def is_first() -> bool:
@@ -130,6 +155,20 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
         ]
     if problems:
         raise ValueError("processes disagree: " + "; ".join(problems))
+
+
+def _watch_peers(lost_after):
+    global _peers
+    from jax._src.distributed import global_state as joined  # no public API has client and address
+
+    if joined.num_processes > 1:
+        _peers = Peers(
+            joined.client,
+            address=joined.coordinator_address,
+            index=joined.process_id,
+            count=joined.num_processes,
+            lost_after=lost_after,
+        )
 
 
 def _launched_with_others(environment):
