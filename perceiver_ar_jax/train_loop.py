@@ -26,6 +26,7 @@ from perceiver_ar_jax.parallel import (
     batch_share,
     check_agreement,
     check_batch_size,
+    connect_devices,
     gather,
     is_first,
     join_processes,
@@ -87,6 +88,7 @@ def _run(run: RunConfig, workdir: epath.Path, *, dry_run: bool) -> int:
         jax.config.update("jax_compilation_cache_dir", run.compilation_cache)
     mesh = make_mesh(run.mesh, num_channels=run.model.num_channels)
     check_batch_size(run.batch_size, mesh, run.microbatches)
+    connect_devices(mesh)
     if jax.default_backend() != "cpu":
         check_device(run.model)
     with contextlib.ExitStack() as stack:

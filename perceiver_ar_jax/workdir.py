@@ -14,6 +14,7 @@ from etils import epath
 from perceiver_ar_jax._version import __version__
 from perceiver_ar_jax.config import COMPUTATION, TRAINING, PerceiverARConfig, fields_with_role
 from perceiver_ar_jax.data.loader import differing_entries
+from perceiver_ar_jax.lease import leased
 from perceiver_ar_jax.pretrained import (
     CONFIG_FILE,
     TOKENIZER_FOLDER,
@@ -30,7 +31,11 @@ def claimed(workdir: epath.Path) -> Iterator[None]:
       ValueError: another run holds it.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    if is_remote(workdir):  # a bucket has no locks
+    if str(workdir).startswith("gs://"):
+        with leased(f"{workdir}/lease"):
+            yield
+        return
+    if is_remote(workdir):  # other storage is not locked
         yield
         return
     with (workdir / "lock").open("a") as lock:

@@ -22,7 +22,7 @@ FLOORS = (
     {"lowering", "workdir"},
     {"command_line", "convert", "preemption", "presets", "run_config"},
     {"evaluation", "self_check"},
-    {"pretrained"},
+    {"lease", "pretrained"},
     {"text_generation"},
     {"generation", "data", "training", "conversion"},
     {"model", "tokenizers"},

@@ -3,8 +3,9 @@
     python tools/storage_server.py DIR --latency_ms=50 --megabytes_per_sec=500
 
 Serves the folders in DIR as buckets, for a `gcsfs.core.GCSFileSystem(token="anon")` with
-STORAGE_EMULATOR_HOST set to the address that it prints. It knows what reading needs of the JSON
-API: metadata, listings and downloads, whole or of ranges.
+STORAGE_EMULATOR_HOST set to the address that it prints; TensorStore takes TENSORSTORE_GCS_HTTP_URL.
+It knows of the JSON API: metadata, listings, downloads, whole or of ranges, uploads in one request,
+copies and deletions, and the condition that an object has a given generation.
 """
 
 import argparse
@@ -60,6 +61,9 @@ class StorageServer(ThreadingHTTPServer):
         self._seconds_per_byte = 1 / bytes_per_second
         self._free_at = 0.0  # when the line has sent everything so far
         self._lock = threading.Lock()
+        self._generations = {}  # of what was written here; of files that were there, 1
+        self._last_generation = 1
+        self._writing = threading.Lock()
 
     @property
     def address(self) -> str:
@@ -98,6 +102,25 @@ class StorageServer(ThreadingHTTPServer):
         if pause > 0.001:
             time.sleep(pause)
 
+    def generation(self, path: Path) -> int:
+        """Of an object; 0 if there is none."""
+        return self._generations.get(path, 1) if path.is_file() else 0
+
+    def write(self, path: Path, data: bytes | None, if_generation: str | None) -> bool:
+        """Writes an object, or deletes it; False if it does not have the generation."""
+        with self._writing:
+            if if_generation not in (None, str(self.generation(path))):
+                return False
+            if data is None:
+                path.unlink()
+                return True
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+            self._last_generation += 1
+            self._generations[path] = self._last_generation
+            self.num_bytes += len(data)
+            return True
+
     def handle_error(self, request, client_address) -> None:
         """Clients that leave are nothing to report."""
 
@@ -123,8 +146,62 @@ class _Handler(BaseHTTPRequestHandler):
         if not path.is_file():
             return self._send_json(404, {"error": {"code": 404, "message": f"no {name}"}})
         if query.get("alt") != "media":
-            return self._send_json(200, _metadata(path, bucket, name))
+            return self._send_json(200, self._metadata(path, bucket, name))
         return self._send_media(path, server.fault(server.next_download(), f"{bucket}/{name}"))
+
+    def do_POST(self) -> None:
+        server = self.server
+        server.count_request()
+        time.sleep(server.latency)
+        parts = urlsplit(self.path)
+        query = {name: values[0] for name, values in parse_qs(parts.query).items()}
+        data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        condition = query.get("ifGenerationMatch")
+        if found := re.fullmatch(r"/upload/storage/v1/b/([^/]+)/o", parts.path):
+            bucket, name = found[1], query.get("name")
+            if query["uploadType"] == "multipart":
+                name, data = _parts(self.headers["Content-Type"], data)
+        elif found := re.fullmatch(
+            r"/storage/v1/b/([^/]+)/o/(.+)/rewriteTo/b/([^/]+)/o/(.+)", parts.path
+        ):
+            data = (server.root / found[1] / unquote(found[2])).read_bytes()
+            bucket, name = found[3], unquote(found[4])
+        else:
+            return self._send_json(404, {"error": {"code": 404, "message": "not here"}})
+        path = server.root / bucket / name
+        if not server.write(path, data, condition):
+            return self._send_json(412, {"error": {"code": 412, "message": "another generation"}})
+        answer = self._metadata(path, bucket, name)
+        is_copy = "rewriteTo" in parts.path
+        return self._send_json(200, {"done": True, "resource": answer} if is_copy else answer)
+
+    def do_DELETE(self) -> None:
+        server = self.server
+        server.count_request()
+        time.sleep(server.latency)
+        parts = urlsplit(self.path)
+        query = {name: values[0] for name, values in parse_qs(parts.query).items()}
+        found = re.fullmatch(r"/storage/v1/b/([^/]+)/o/(.+)", parts.path)
+        path = server.root / found[1] / unquote(found[2])
+        if not path.is_file():
+            return self._send_json(404, {"error": {"code": 404, "message": "not here"}})
+        if not server.write(path, None, query.get("ifGenerationMatch")):
+            return self._send_json(412, {"error": {"code": 412, "message": "another generation"}})
+        return self._send_json(204, None)
+
+    def _metadata(self, path: Path, bucket: str, name: str) -> dict:
+        stat = path.stat()
+        updated = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(stat.st_mtime))
+        return {
+            "kind": "storage#object",
+            "bucket": bucket,
+            "name": name,
+            "size": str(stat.st_size),
+            "generation": str(self.server.generation(path)),
+            "metageneration": "1",
+            "updated": updated,
+            "timeCreated": updated,
+        }
 
     def _listing(self, bucket: str, query: dict[str, str]) -> dict:
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter")
@@ -143,7 +220,7 @@ class _Handler(BaseHTTPRequestHandler):
         names = sorted(items)[first : first + PAGE]
         listing = {
             "kind": "storage#objects",
-            "items": [_metadata(items[name], bucket, name) for name in names],
+            "items": [self._metadata(items[name], bucket, name) for name in names],
             "prefixes": sorted(prefixes),
         }
         more = first + PAGE < len(items)
@@ -167,7 +244,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(206 if found else 200)
         self.send_header("Content-Length", str(end - start))
         self.send_header("Content-Range", f"bytes {start}-{end - 1}/{size}")
-        self.send_header("X-Goog-Generation", "1")
+        self.send_header("X-Goog-Generation", str(self.server.generation(path)))
         self.end_headers()
         if fault == RESET:
             end = start + (end - start) // 2
@@ -185,8 +262,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         return None
 
-    def _send_json(self, status: int, value: dict) -> None:
-        data = json.dumps(value).encode()
+    def _send_json(self, status: int, value: dict | None) -> None:
+        data = b"" if value is None else json.dumps(value).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
@@ -197,19 +274,12 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-def _metadata(path: Path, bucket: str, name: str) -> dict:
-    stat = path.stat()
-    updated = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(stat.st_mtime))
-    return {
-        "kind": "storage#object",
-        "bucket": bucket,
-        "name": name,
-        "size": str(stat.st_size),
-        "generation": "1",
-        "metageneration": "1",
-        "updated": updated,
-        "timeCreated": updated,
-    }
+def _parts(content_type: str, body: bytes) -> tuple[str, bytes]:
+    """Name and data of an upload of two parts."""
+    boundary = re.search(r'boundary="?([^";]+)', content_type)[1].encode()
+    _, described, content, _ = re.split(rb"(?:\r?\n)?--" + re.escape(boundary), body, maxsplit=3)
+    blank = re.compile(rb"\r?\n\r?\n")
+    return json.loads(blank.split(described, 1)[1])["name"], blank.split(content, 1)[1]
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ import types
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
+from urllib.parse import quote
 
 import fsspec
 from etils import epath
@@ -95,6 +96,64 @@ def file_sizes(paths: Sequence[str]) -> list[int | None]:
     return [size(path) for path in paths]
 
 
+def read_object(path: str) -> tuple[bytes, int] | None:
+    """The bytes and the generation of an object in gs://; None if there is none.
+
+    Raises:
+      ValueError: it may not be read.
+      StorageError: the last attempt failed too.
+    """
+    url = _object_url(path)  # gcsfs's own calls may answer from a cache
+
+    def request():
+        try:
+            generation = int(_call(path, "call", "GET", url, json_out=True)["generation"])
+            _, data = _call(path, "call", "GET", url, alt="media", generation=str(generation))
+            return data, generation
+        except FileNotFoundError:
+            return None
+
+    return _retried(path, request)
+
+
+def write_object(path: str, data: bytes | None, *, generation: int) -> int | None:
+    """Writes an object in gs:// if its generation is the given one; 0: if there is none.
+
+    Args:
+      path: of the object.
+      data: what it shall hold; None deletes it.
+      generation: what it must have now.
+
+    Returns:
+      Its new generation (0 once deleted), or None if it has another than the given one.
+
+    Raises:
+      ValueError: it may not be written.
+      StorageError: the last attempt failed too.
+    """
+    bucket, _, name = path.partition("://")[2].partition("/")
+    storage = _file_system(path)
+    condition = {"ifGenerationMatch": str(generation)}
+
+    def request():
+        try:
+            if data is None:
+                _call(path, "call", "DELETE", _object_url(path), **condition)
+                return 0
+            url = f"{storage._location}/upload/storage/v1/b/{bucket}/o"
+            options = {"uploadType": "media", "name": name, "data": data, "json_out": True}
+            return int(_call(path, "call", "POST", url, **options, **condition)["generation"])
+        except (FileExistsError, FileNotFoundError):  # gcsfs's words for 412 and 404
+            return None
+
+    return _retried(path, request)
+
+
+def _object_url(path: str) -> str:
+    bucket, _, name = path.partition("://")[2].partition("/")
+    return f"{_file_system(path)._location}/storage/v1/b/{bucket}/o/{quote(name, safe='')}"
+
+
 def _retried(what: str, request: Callable[[], Any]) -> Any:
     for attempt in range(MAX_ATTEMPTS):
         if attempt:
@@ -109,13 +168,14 @@ def _retried(what: str, request: Callable[[], Any]) -> Any:
     raise StorageError(f"{what}: {MAX_ATTEMPTS} attempts failed, the last with {problem}")
 
 
-def _call(path: str, method: str, **arguments) -> Any:
+def _call(path: str, method: str, *others, **arguments) -> Any:
     file_system = _file_system(path)
+    others = others or (path,)
     if not file_system.async_impl:
-        return getattr(file_system, method)(path, **arguments)
+        return getattr(file_system, method)(*others, **arguments)
 
     async def with_limit():
-        coroutine = getattr(file_system, f"_{method}")(path, **arguments)
+        coroutine = getattr(file_system, f"_{method}")(*others, **arguments)
         return await asyncio.wait_for(coroutine, STALL_SECONDS)
 
     return asyncio.run_coroutine_threadsafe(with_limit(), file_system.loop).result()

@@ -8,6 +8,7 @@ from perceiver_ar_jax.parallel.mesh import (
 )
 from perceiver_ar_jax.parallel.processes import (
     check_agreement,
+    connect_devices,
     end_process,
     gather,
     is_first,
@@ -36,6 +37,7 @@ __all__ = [
     "batch_share",
     "check_agreement",
     "check_batch_size",
+    "connect_devices",
     "constrain",
     "end_process",
     "gather",

@@ -1,8 +1,10 @@
 """The processes of a run on several hosts: joining, exchanging values, comparing settings."""
 
 import collections
+import functools
 import glob
 import importlib.util
+import itertools
 import json
 import os
 import sys
@@ -15,6 +17,8 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from perceiver_ar_jax.parallel.peers import LOST_AFTER, Peers
 
@@ -65,6 +69,26 @@ def join_processes(
     finally:
         joined.set()
     _watch_peers(lost_after)
+
+
+def connect_devices(mesh: Mesh) -> None:
+    """Lets the devices of each axis of the mesh, and of several, find each other; all must call it.
+
+    Over gloo, on CPUs, devices connect when they first communicate, and a process that comes more
+    than 30 s after another, because it still compiles, is too late: the run would end.
+    """
+    if jax.process_count() == 1 or jax.default_backend() != "cpu":
+        return
+    from jax._src.distributed import global_state  # no public barrier without a collective
+
+    axes = [axis for axis in mesh.axis_names if mesh.shape[axis] > 1]
+    groups = [x for n in range(len(axes)) for x in itertools.combinations(axes, n + 1)]
+    for group in groups:
+        add = functools.partial(jax.lax.psum, axis_name=group)
+        everywhere = jax.shard_map(add, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+        compiled = jax.jit(everywhere).lower(jax.ShapeDtypeStruct((), np.float32)).compile()
+        global_state.client.wait_at_barrier("/".join(group), 1000 * JOIN_SECONDS)
+        compiled(np.float32(0)).block_until_ready()
 
 
 def wait_for_verdict() -> None:
