@@ -96,6 +96,26 @@ def test_a_small_model_compiles_with_its_state_in_equal_parts(topology, mesh, sh
     assert 0 < step.mfu_ceiling < 1
 
 
+def test_slices_exchange_gradients_only_and_each_device_its_own_part():
+    step = compiled("2xv5e:2x2", data=-1, fsdp=2)
+    assert step.mesh_shape["data"] == 4
+    network = [x for x in step.collectives if x.kind.endswith("between slices")]
+    assert {x.kind for x in network} == {"all-reduce between slices"}
+    gradient = bytes_of(SMALL, copies=1) / 4  # of the devices of a slice
+    assert 1 <= sum(x.total_bytes for x in network) / gradient < 1.3
+
+
+def test_only_data_spans_slices():
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs `pip install libtpu`")
+    devices = topology_devices("2xv5e:2x2")
+    mesh = make_mesh(MeshConfig(data=-1, fsdp=-1, max_fsdp=8), devices, num_channels=64)
+    assert (mesh.shape["data"], mesh.shape["fsdp"]) == (2, 4)
+    slices = [{device.slice_index for device in row.flat} for row in mesh.devices]
+    assert slices == [{0}, {1}]
+    with pytest.raises(ValueError, match="data=1 does not divide among 2 slices"):
+        make_mesh(MeshConfig(data=1, fsdp=8), devices)
+
+
 def test_averages_and_documents_of_a_run_are_compiled_too():
     options = {"ema_decay": 0.99, "respect_documents": True}
     step = compiled("v5e:2x2", fsdp=4, batch_size=4, **options)

@@ -18,9 +18,13 @@ import torture
     [
         (["--kills=5"], {"data.num_workers": 2, "optimizer.skip_spikes": True}),
         (["--kills=2", "--processes=2", "--devices=2"], {"mesh.fsdp": 2, "data.num_workers": 0}),
+        (
+            ["--kills=1", "--processes=4", "--lose_one"],
+            {"mesh.fsdp": 2, "steps": 16, "lost_after": 10, "model.num_self_attention_layers": 1},
+        ),
         pytest.param(["--kills=100"], {"steps": 400, "ema_decay": 0.9}, marks=pytest.mark.slow),
     ],
-    ids=["one process", "two processes of two devices", "a hundred kills"],
+    ids=["one process", "two processes of two devices", "one of four is lost", "a hundred kills"],
 )
 def test_kills_leave_no_trace_in_the_bits(options, settings, tmp_path):
     settings = {

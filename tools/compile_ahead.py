@@ -4,6 +4,7 @@ python tools/compile_ahead.py --config=configs/c4_base.py --topology=v5e:16x16 \
   [--mesh=data=16,fsdp=16] [--config.x=y] [--json=FILE]
 python tools/compile_ahead.py --config=configs/c4_base.py --topology=gpu:1x1x8 --gpu=h100.textproto
 
+--topology=2xv5e:16x16 is two slices; what they exchange, over the network, is listed apart.
 TPUs need `pip install libtpu`, GPUs jax-cuda12-plugin and jax-cuda12-pjrt. No device is needed.
 Exit codes: 0 it fits, 1 it does not, 2 bad input.
 """
@@ -33,7 +34,7 @@ from perceiver_ar_jax.parallel import MeshConfig
 from perceiver_ar_jax.run_config import RunConfig
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config().")
-TOPOLOGY = flags.DEFINE_string("topology", None, "Such as v5e:16x16, v4:4x4x8, gpu:1x1x8.")
+TOPOLOGY = flags.DEFINE_string("topology", None, "Such as v5e:16x16, 2xv5e:16x16, gpu:1x1x8.")
 MESH = flags.DEFINE_string("mesh", None, "Such as data=16,fsdp=16; in place of the config's.")
 GPU = flags.DEFINE_string("gpu", None, "File that describes the GPU to XLA.")
 JSON = flags.DEFINE_string("json", None, "Where to write the figures as JSON.")

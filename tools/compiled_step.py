@@ -1,6 +1,7 @@
 """Compiles a run's training step for devices that are not there; what it takes, as figures."""
 
 import dataclasses
+import re
 import tempfile
 from pathlib import Path
 
@@ -78,11 +79,16 @@ class CompiledStep:
 def topology_devices(topology: str, gpu_description: Path | None = None) -> list:
     """Devices of `v5e:16x16` and the like, or of `gpu:1x1x8` (in the order in which XLA counts).
 
+    `2xv5e:16x16` is two slices.
+
     Raises:
       ValueError: if there is no such topology, or the package that knows it is not installed.
     """
-    kind, _, shape = topology.partition(":")
-    options = {"platform": "tpu", "topology_name": topology}
+    slices, name = re.fullmatch(r"(?:(\d+)x(?=\w+:))?(.*)", topology).groups()
+    kind, _, shape = name.partition(":")
+    options = {"platform": "tpu", "topology_name": name}
+    if slices:
+        options["num_slices"] = int(slices)
     if kind == "v4":
         options |= {"chip_config_name": "megacore"}  # one device per chip
     if kind == "gpu":

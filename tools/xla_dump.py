@@ -94,11 +94,14 @@ class Program:
     def collectives(self) -> list[Collective]:
         """Exchanges of one step by kind and dtype, most bytes first."""
         times, sizes = collections.Counter(), collections.Counter()
-        for executions, opcode, shape, _ in self.instructions():
+        for executions, opcode, shape, line in self.instructions():
             kind = opcode.removesuffix("-start")
-            if kind not in COLLECTIVES:
-                continue
             arrays = list(_arrays(shape))
+            if opcode == "recv" and (found := re.search(r'megascale_transfer_type="(\w+)"', line)):
+                kind = found[1].lower().replace("_", "-") + " between slices"
+                arrays = arrays[:1]  # then comes what the runtime needs
+            elif kind not in COLLECTIVES:
+                continue
             times.update({(kind, dtype): executions for dtype in {dtype for dtype, _ in arrays}})
             for dtype, size in arrays:
                 sizes[kind, dtype] += size * executions

@@ -31,15 +31,19 @@ class MeshConfig:
         """Whether the size of fsdp follows from the number of devices."""
         return self.max_fsdp > 0 and self.data == -1 and self.fsdp == -1
 
-    def sizes(self, num_devices: int, num_channels: int | None = None) -> tuple[int, ...]:
+    def sizes(
+        self, num_devices: int, num_channels: int | None = None, num_slices: int = 1
+    ) -> tuple[int, ...]:
         """The size of each axis on so many devices.
 
         Args:
           num_devices: of the whole mesh.
           num_channels: what fsdp divides; a fitted size is a divisor of it.
+          num_slices: into which the devices are divided; only `data` may span several.
 
         Raises:
-          ValueError: if the axes do not multiply to the number of devices; says the arithmetic.
+          ValueError: if the axes do not multiply to the number of devices, or slices do not divide
+            the data axis; says the arithmetic.
         """
         sizes = [getattr(self, axis) for axis in AXES]
         product = " × ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
@@ -56,13 +60,19 @@ class MeshConfig:
             raise ValueError(f"mesh {product}: {num_devices} devices are not a multiple of {known}")
         rest = num_devices // known
         if self.is_fitted:
-            fsdp = math.gcd(rest, num_channels or 0)  # gcd(rest, 0) is rest
+            fsdp = math.gcd(rest // num_slices, num_channels or 0)  # gcd(n, 0) is n
             sizes[AXES.index(FSDP)] = next(
                 size for size in range(min(self.max_fsdp, fsdp), 0, -1) if fsdp % size == 0
             )
             rest //= sizes[AXES.index(FSDP)]
         if -1 in sizes:
             sizes[sizes.index(-1)] = rest
+        data = sizes[AXES.index(DATA)]
+        if data % num_slices:
+            raise ValueError(
+                f"mesh data={data} does not divide among {num_slices} slices, and the other axes "
+                "must not span them"
+            )
         return tuple(sizes)
 
 
@@ -74,13 +84,35 @@ def make_mesh(
 ) -> Mesh:
     """The mesh over all devices; neighbours on an axis are neighbours on a TPU's torus.
 
+    Of several TPU slices, which only a network connects, the first are first on the data axis; all
+    other axes lie within a slice.
+
     Raises:
-      ValueError: if the axes do not multiply to the number of devices; says the arithmetic.
+      ValueError: if the axes do not multiply to the number of devices, or slices do not divide the
+        data axis; says the arithmetic.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = config.sizes(len(devices), num_channels)
-    placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    slices = num_slices(devices)
+    data, *others = config.sizes(len(devices), num_channels, slices)
+    if slices == 1:
+        placed = mesh_utils.create_device_mesh(
+            (data, *others), devices, allow_split_physical_axes=True
+        )
+    else:
+        placed = mesh_utils.create_hybrid_device_mesh(
+            (data // slices, *others),
+            (slices, *(1 for _ in others)),
+            devices,
+            allow_split_physical_axes=True,
+        )
     return Mesh(placed, AXES)
+
+
+def num_slices(devices: list[jax.Device]) -> int:
+    """Of how many TPU slices the devices are; 1 of others."""
+    if devices[0].platform != "tpu":  # GPUs count each host as a slice
+        return 1
+    return len({device.slice_index for device in devices})
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
