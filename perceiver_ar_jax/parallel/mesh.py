@@ -112,7 +112,7 @@ def num_slices(devices: list[jax.Device]) -> int:
     """Of how many TPU slices the devices are; 1 of others."""
     if devices[0].platform != "tpu":  # GPUs count each host as a slice
         return 1
-    return len({device.slice_index for device in devices})
+    return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
