@@ -21,7 +21,7 @@ from perceiver_ar_jax.tokenizers import ByteTokenizer, load_tokenizer, train_sen
 from perceiver_ar_jax.training.goodput import Goodput
 from perceiver_ar_jax.training.metrics import MetricsWriter
 from perceiver_ar_jax.training.timeline import Timeline
-from perceiver_ar_jax.workdir import changed_settings, claimed, write_run
+from perceiver_ar_jax.workdir import changed_settings, write_run
 
 TEXTS = [f"document {i} " * (i + 1) for i in range(20)]
 
@@ -155,11 +155,11 @@ def test_missing_data_is_named_by_its_address(bucket):
 def test_what_a_run_writes_besides_checkpoints_may_go_to_a_bucket(bucket):
     workdir = epath.Path("gs://bucket/run")
     tokenizer = ByteTokenizer()
-    with claimed(workdir):
-        run = {"steps": 1, "data": {"respect_documents": False}}
-        assert changed_settings(workdir, run) == []
-        write_run(workdir, PerceiverARConfig(), tokenizer, run)
-        assert changed_settings(workdir, run | {"steps": 2}) == ["steps: 1 -> 2"]
+    workdir.mkdir(parents=True)
+    run = {"steps": 1, "data": {"respect_documents": False}}
+    assert changed_settings(workdir, run) == []
+    write_run(workdir, PerceiverARConfig(), tokenizer, run)
+    assert changed_settings(workdir, run | {"steps": 2}) == ["steps: 1 -> 2"]
     for step in (1, 2):  # two starts of one run
         writer = MetricsWriter(workdir)
         writer.write(step, {"train/loss": 2.5})
@@ -169,3 +169,5 @@ def test_what_a_run_writes_besides_checkpoints_may_go_to_a_bucket(bucket):
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
     assert goodput.starts == 2
+    events = [file.read_bytes() for file in (workdir / "tensorboard").iterdir()]
+    assert events and all(b"train/loss" in data for data in events)

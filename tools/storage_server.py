@@ -4,8 +4,8 @@
 
 Serves the folders in DIR as buckets, for a `gcsfs.core.GCSFileSystem(token="anon")` with
 STORAGE_EMULATOR_HOST set to the address that it prints; TensorStore takes TENSORSTORE_GCS_HTTP_URL.
-It knows of the JSON API: metadata, listings, downloads, whole or of ranges, uploads in one request,
-copies and deletions, and the condition that an object has a given generation.
+It knows of the JSON API: metadata, listings, downloads, whole or of ranges, uploads,
+copies, moves and deletions, and the condition that an object has a given generation.
 """
 
 import argparse
@@ -61,9 +61,10 @@ class StorageServer(ThreadingHTTPServer):
         self._seconds_per_byte = 1 / bytes_per_second
         self._free_at = 0.0  # when the line has sent everything so far
         self._lock = threading.Lock()
-        self._generations = {}  # of what was written here; of files that were there, 1
+        self.generations = {}  # of what was written here; of files that were there, 1
         self._last_generation = 1
         self._writing = threading.Lock()
+        self.uploads = []  # bucket, name, condition and bytes of those in several parts
 
     @property
     def address(self) -> str:
@@ -104,7 +105,7 @@ class StorageServer(ThreadingHTTPServer):
 
     def generation(self, path: Path) -> int:
         """Of an object; 0 if there is none."""
-        return self._generations.get(path, 1) if path.is_file() else 0
+        return self.generations.get(path, 1) if path.is_file() else 0
 
     def write(self, path: Path, data: bytes | None, if_generation: str | None) -> bool:
         """Writes an object, or deletes it; False if it does not have the generation."""
@@ -117,7 +118,7 @@ class StorageServer(ThreadingHTTPServer):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
             self._last_generation += 1
-            self._generations[path] = self._last_generation
+            self.generations[path] = self._last_generation
             self.num_bytes += len(data)
             return True
 
@@ -157,10 +158,19 @@ class _Handler(BaseHTTPRequestHandler):
         query = {name: values[0] for name, values in parse_qs(parts.query).items()}
         data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         condition = query.get("ifGenerationMatch")
+        if found := re.fullmatch(r"/upload/(\d+)", parts.path):
+            return self._continue_upload(int(found[1]), data)
         if found := re.fullmatch(r"/upload/storage/v1/b/([^/]+)/o", parts.path):
             bucket, name = found[1], query.get("name")
+            if query["uploadType"] == "resumable":
+                return self._begin_upload(bucket, query, data)
             if query["uploadType"] == "multipart":
                 name, data = _parts(self.headers["Content-Type"], data)
+        elif found := re.fullmatch(r"/storage/v1/b/([^/]+)/o/(.+)/moveTo/o/(.+)", parts.path):
+            source = server.root / found[1] / unquote(found[2])
+            data = source.read_bytes()
+            server.write(source, None, None)
+            bucket, name = found[1], unquote(found[3])
         elif found := re.fullmatch(
             r"/storage/v1/b/([^/]+)/o/(.+)/rewriteTo/b/([^/]+)/o/(.+)", parts.path
         ):
@@ -174,6 +184,30 @@ class _Handler(BaseHTTPRequestHandler):
         answer = self._metadata(path, bucket, name)
         is_copy = "rewriteTo" in parts.path
         return self._send_json(200, {"done": True, "resource": answer} if is_copy else answer)
+
+    def _begin_upload(self, bucket: str, query: dict[str, str], described: bytes) -> None:
+        name = query.get("name") or json.loads(described)["name"]
+        uploads = self.server.uploads
+        number = len(uploads)
+        uploads.append((bucket, name, query.get("ifGenerationMatch"), bytearray()))
+        self.send_response(200)
+        self.send_header("Location", f"{self.server.address}/upload/{number}")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def _continue_upload(self, number: int, part: bytes) -> None:
+        server = self.server
+        bucket, name, condition, data = server.uploads[number]
+        data += part
+        if self.headers.get("Content-Range", "").endswith("/*"):  # more follows
+            self.send_response(308)
+            self.send_header("Range", f"bytes=0-{len(data) - 1}")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        path = server.root / bucket / name
+        if not server.write(path, bytes(data), condition):
+            return self._send_json(412, {"error": {"code": 412, "message": "another generation"}})
+        return self._send_json(200, self._metadata(path, bucket, name))
 
     def do_DELETE(self) -> None:
         server = self.server

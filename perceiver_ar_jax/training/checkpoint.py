@@ -59,7 +59,9 @@ class Checkpointer:
         keep_every: int = 0,
         keep_best: bool = False,
     ):
-        self.directory = epath.Path(directory).resolve()
+        self.directory = epath.Path(directory)
+        if "://" not in str(directory):  # a bucket's name would become a local path
+            self.directory = self.directory.resolve()
         self._kept = [checkpoint_managers.LatestN(keep_last)]
         if keep_every:
             self._kept.append(checkpoint_managers.EveryNSteps(keep_every))

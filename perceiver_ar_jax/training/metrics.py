@@ -5,19 +5,22 @@ import datetime
 import json
 import math
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Mapping
 
 import rich.progress
 from etils import epath
 
+SECONDS_TO_COPY = 60  # TensorBoard's files, to a bucket
 RECENT_WINDOWS = 10  # that the ETA is computed from
 
 
 class MetricsWriter:
     """Appends to `metrics.jsonl`, the source of truth, and to `tensorboard/`.
 
-    A bucket (gs://) cannot append: there the first is rewritten with each line, and there is no
-    second.
+    A bucket (gs://) cannot append: there the first is rewritten with each line, and the second is
+    written locally and copied once a minute.
     """
 
     def __init__(self, workdir: epath.Path):
@@ -25,12 +28,17 @@ class MetricsWriter:
         text = self._path.read_bytes() if self._path.exists() else b""
         self._text = text[: text.rfind(b"\n") + 1]  # a killed run may have left half a line
         self._path.write_bytes(self._text)
-        self._file = self._tensorboard = Silent()
-        if not is_remote(workdir):
-            from tensorboardX import SummaryWriter
-
+        self._file, self._to_copy = Silent(), None
+        self._folder, self._copied = workdir / "tensorboard", time.monotonic()
+        if is_remote(workdir):
+            self._to_copy = tempfile.TemporaryDirectory()
+        else:
             self._file = open(self._path, "ab")  # noqa: SIM115  closed by `close`
-            self._tensorboard = SummaryWriter(str(workdir / "tensorboard"))
+        from tensorboardX import SummaryWriter
+
+        self._tensorboard = SummaryWriter(
+            str(self._to_copy.name if self._to_copy else self._folder)
+        )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line, {"step": …, "train/loss": …}; numbers that are not finite become strings."""
@@ -43,6 +51,9 @@ class MetricsWriter:
         self._file.flush()
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
+        if self._to_copy and time.monotonic() - self._copied > SECONDS_TO_COPY:
+            self._tensorboard.flush()
+            self._copy()
 
     def write_text(self, step: int, name: str, text: str) -> None:
         """A text for TensorBoard."""
@@ -52,6 +63,15 @@ class MetricsWriter:
         """Flushes and closes both."""
         self._file.close()
         self._tensorboard.close()
+        if self._to_copy:
+            self._copy()
+            self._to_copy.cleanup()
+
+    def _copy(self):
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for file in epath.Path(self._to_copy.name).iterdir():
+            (self._folder / file.name).write_bytes(file.read_bytes())
+        self._copied = time.monotonic()
 
 
 def is_remote(path: epath.Path) -> bool:

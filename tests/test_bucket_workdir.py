@@ -1,10 +1,12 @@
-"""The lease on a workdir in a bucket, against an imitation of the storage and gcsfs."""
+"""A workdir in a bucket: imitated storage, the real gcsfs, Orbax and TensorStore."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
+from small_runs import metrics, write_text
 
 from perceiver_ar_jax import lease
 from perceiver_ar_jax.data.storage import read_object, write_object
@@ -24,6 +26,33 @@ def server(tmp_path, monkeypatch):
         monkeypatch.setenv("FSSPEC_GCS_TOKEN", "anon")
         monkeypatch.setattr("perceiver_ar_jax.data.storage._file_systems", {})
         yield server
+
+
+def test_a_run_lives_in_a_bucket_and_goes_on_from_there(server, tmp_path):
+    environment = os.environ | {
+        "TENSORSTORE_GCS_HTTP_URL": server.address,
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # asks a gRPC service
+    }
+    flags = ["--config=configs/tiny.py", f"--config.data.source={write_text(tmp_path)}"]
+    flags += ["--config.model.num_self_attention_layers=1", "--config.checkpoint_every=2"]
+    for steps in (2, 4):
+        command = [sys.executable, "train.py", "--workdir=gs://bucket/run", *flags]
+        done = subprocess.run(
+            [*command, f"--config.steps={steps}", "--config.optimizer.total_steps=4"],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+    assert "resumed from step 2 in gs://bucket/run/checkpoints" in done.stdout
+    workdir = tmp_path / "bucket/run"
+    assert workdir / "lease" in server.generations  # it was there, and is released
+    assert not (workdir / "lease").exists()
+    assert {step.name for step in (workdir / "checkpoints").iterdir()} == {"2", "4"}
+    assert [line["step"] for line in metrics(workdir) if "train/loss" in line] == [2, 4]
+    assert len(list((workdir / "tensorboard").iterdir())) == 2  # one of each start
+    assert not (ROOT / "gs:").exists()
 
 
 def test_an_object_is_written_only_over_the_generation_that_is_named(server):
