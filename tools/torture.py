@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+DEVICES = "--xla_force_host_platform_device_count"
 
 
 class StuckError(Exception):
@@ -106,7 +107,7 @@ class Run:
         self._environment = os.environ | {
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={options.devices}",
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}={options.devices}",
         }
 
     def to_end(self, workdir: Path) -> int:
