@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "")  # not those of the tests, which compile quickly
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import jax
