@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the top of the house to the ground; a part imports parts of lower floors only, or itself.
 FLOORS = (
     {"commands"},
-    {"train_loop"},
+    {"serving", "train_loop"},
     {"origin", "run_header", "samples", "settings_help"},
     {"lowering", "workdir"},
     {"command_line", "convert", "preemption", "presets", "run_config"},
@@ -37,6 +37,10 @@ LIBRARIES = {  # third parties with one home each
     "lm_eval": {"evaluation/harness.py"},
     "orbax": {"training/checkpoint.py"},
     "ml_collections": {"run_config.py", "settings_help.py", "commands/train.py"},
+    "fastapi": {"serving"},
+    "pydantic": {"serving"},
+    "starlette": {"serving"},
+    "uvicorn": {"serving"},
 }
 LAZY = ("torch", "tensorflow", "tensorflow_datasets", "transformers", "huggingface_hub")
 
@@ -82,7 +86,7 @@ def test_imports_point_down_and_floors_do_not_import_each_other(path):
     for name in imports(path):
         parents = name.split(".")
         if parents[0] != PACKAGE.name or len(parents) == 1:
-            assert parents[0] not in ("train", "sample", "evaluate"), "scripts are on top"
+            assert parents[0] not in ("train", "sample", "evaluate", "serve"), "scripts are on top"
             continue
         other = parents[1]
         assert other == part or floor_of(other) > floor_of(part), f"{part} imports {name}"

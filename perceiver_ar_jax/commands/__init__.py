@@ -30,6 +30,10 @@ COMMANDS = {
     "train": Command("train a model, or resume its training", (keep_freed_memory,)),
     "sample": Command("continue prompts", (keep_freed_memory, keep_compiled_programs)),
     "evaluate": Command("measure a model on text, tasks or probes", (keep_freed_memory,)),
+    "serve": Command(
+        "show a page that streams text, and answer as OpenAI's API",
+        (keep_freed_memory, keep_compiled_programs),
+    ),
     "convert": Command("convert checkpoints from perceiver-io (PyTorch) and back"),
     "tokenizer": Command("train a SentencePiece vocabulary"),
 }

@@ -15,7 +15,7 @@ from perceiver_ar_jax.generation.options import Options
 from perceiver_ar_jax.generation.policies import ReadsAhead
 from perceiver_ar_jax.generation.prefilled import Prefilled, check_model, prefill
 from perceiver_ar_jax.generation.prompt import bucket_size
-from perceiver_ar_jax.model import PerceiverAR
+from perceiver_ar_jax.model import Cache, PerceiverAR
 
 
 class Generated(NamedTuple):
@@ -23,6 +23,15 @@ class Generated(NamedTuple):
 
     tokens: np.ndarray
     log_probs: np.ndarray
+
+
+class Step(NamedTuple):
+    """One new token of each row, and what the model thought of it and of others."""
+
+    tokens_B: np.ndarray
+    log_probs_B: np.ndarray
+    alternative_ids_BA: np.ndarray | None = None  # likeliest first; with num_alternatives
+    alternative_log_probs_BA: np.ndarray | None = None
 
 
 class Generation:
@@ -65,10 +74,33 @@ class Generation:
 
     def new_tokens(self) -> Iterator[np.ndarray]:
         """The new tokens, (B,) at a time, each computed when it is asked for."""
+        for place in self._places():
+            yield _on_host(self._progress.texts.tokens_RT)[:, place]
+
+    def steps(self) -> Iterator[Step]:
+        """As `new_tokens`, with log-probabilities and `num_alternatives` alternatives."""
+        for place in self._places():
+            yield Step(*map(_on_host, _at(self._progress, np.int32(place))))
+
+    def newest_attention(self) -> np.ndarray:
+        """What the prediction of the newest token read: (B, K), the mean over heads.
+
+        The weights of the hybrid layer, as `PerceiverAR.newest_attention` describes them: of the
+        newest K columns, oldest first; the last is the token before the newest. Greedy choice and
+        sampling only, after the first token.
+        """
+        progress, tokens_BS = self._progress, self._prompt.context.tokens_BS
+        with mesh_of(self._params):
+            return _on_host(
+                _newest_attention(self._params, tokens_BS, progress, model=self._static["model"])
+            )
+
+    def _places(self):
+        """The place of each new token, once it is there."""
         for count in range(1, self._options.max_new_tokens + 1):
             if self.advance_to(count) < count:
                 return
-            yield _on_host(self._progress.texts.tokens_RT)[:, count - 1]
+            yield count - 1
 
     def result(self) -> Generated:
         """Prompt and all new tokens, after what is missing was added."""
@@ -107,6 +139,27 @@ def _begin(params, num_ids, method, ending, context, *, max_new_tokens, model, p
 def _continue_until(params, num_ids, method, ending, progress, count, *, model, policy):
     decoder = _decoder(params, num_ids, model, policy)
     return continue_until(decoder, method, progress, ending, count)
+
+
+@jax.jit
+def _at(progress, place):
+    texts = progress.texts
+    arrays = [texts.tokens_RT, texts.log_probs_RT]
+    if getattr(progress, "alternatives", None) is not None:
+        arrays += [progress.alternatives.ids_RTA, progress.alternatives.log_probs_RTA]
+    return [jax.lax.dynamic_index_in_dim(x, place, 1, keepdims=False) for x in arrays]
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _newest_attention(params, tokens_BS, progress, *, model):
+    texts, state = progress.texts, progress.state
+    rows_R = jnp.repeat(jnp.arange(len(tokens_BS)), len(texts.tokens_RT) // len(tokens_BS))
+    before_R = jnp.where(
+        texts.count > 1, texts.tokens_RT[:, texts.count - 2], tokens_BS[rows_R, -1]
+    )
+    cache = state if isinstance(state, Cache) else state.cache
+    weights_RNK = model.apply({"params": params}, before_R, cache, method="newest_attention")
+    return weights_RNK.mean(axis=1)
 
 
 def _decoder(params, num_ids, model, policy):

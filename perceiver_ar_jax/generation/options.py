@@ -34,6 +34,7 @@ WHOLE_NUMBERS = (
     "top_k",
     "num_beams",
     "num_return_sequences",
+    "num_alternatives",
     "prompt_lookup_num_tokens",
     "pad_token_id",
     "vocab_size",
@@ -64,6 +65,7 @@ class Options:
     prompt_lookup_num_tokens: int | None = None  # tokens guessed from the text so far, per pass
     early_stopping: bool | str = False  # of beam search: True, False or "never"
     num_return_sequences: int = 1  # per prompt, from sampling or beam search
+    num_alternatives: int = 0  # likeliest tokens to keep of each place, for `Generation.steps`
     eos_token_id: int | Sequence[int] | None = None  # one of these ends a row
     pad_token_id: int = 0  # fills ended rows
     vocab_size: int | None = None  # the tokenizer's; ids from there up are never chosen
@@ -114,7 +116,12 @@ class Options:
             return ContrastiveSearch(self.top_k, float(self.penalty_alpha), penalty)
         samples = self.do_sample and self.temperature >= GREEDY_BELOW
         choose = Sample(self.filters, self.rng) if samples else Greedy()
-        method = TokenByToken(choose, penalty, rows_per_prompt=self.num_return_sequences)
+        method = TokenByToken(
+            choose,
+            penalty,
+            rows_per_prompt=self.num_return_sequences,
+            num_alternatives=self.num_alternatives,
+        )
         if self.prompt_lookup_num_tokens is None:
             return method
         return PromptLookup(method, self.prompt_lookup_num_tokens)
@@ -140,6 +147,10 @@ class Options:
             raise ValueError(
                 f"vocab_size={num_ids} exceeds the {config.vocab_size} ids of the model; "
                 "pass the tokenizer that the model was trained with"
+            )
+        if self.num_alternatives > num_ids:
+            raise ValueError(
+                f"num_alternatives={self.num_alternatives}: there are only {num_ids} token ids"
             )
         if self.penalty_alpha and self.top_k > num_ids:
             raise ValueError(
@@ -190,6 +201,8 @@ class Options:
                 yield f"{name} must be at least 1, not {value}"
         if not self.temperature >= 0.0:
             yield f"temperature must not be negative, but is {self.temperature}"
+        if self.num_alternatives < 0:
+            yield f"num_alternatives must not be negative, but is {self.num_alternatives}"
         if self.top_k is not None and self.top_k < 0:
             yield f"top_k must not be negative, but is {self.top_k}"
         for name in ("top_p", "min_p"):
@@ -212,6 +225,12 @@ class Options:
             yield (
                 f"num_return_sequences={self.num_return_sequences} exceeds "
                 f"num_beams={self.num_beams}"
+            )
+        token_by_token = self.num_beams == 1 and not self.penalty_alpha
+        if self.num_alternatives and (not token_by_token or self.prompt_lookup_num_tokens):
+            yield (
+                "num_alternatives goes with greedy choice and sampling, not with num_beams, "
+                "penalty_alpha or prompt_lookup_num_tokens"
             )
         if self.prompt_lookup_num_tokens is not None:
             if self.num_beams > 1 or self.penalty_alpha:

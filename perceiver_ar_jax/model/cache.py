@@ -72,6 +72,12 @@ class LayerCache(NamedTuple):
         q, mask = _without_single(q_BTNH[:, 0]), _without_single(mask_BTK[:, 0])
         return cached.attend(q, self.k, self.v, mask).reshape(q_BTNH.shape)
 
+    def attention_weights(self, q_BNH: jax.Array, mask_BK: jax.Array) -> jax.Array:
+        """What one token per row reads of the slots: (B, N, K) float32."""
+        q, mask = _without_single(q_BNH), _without_single(mask_BK)
+        weights = cached.attention_weights(q, self.k, mask)
+        return weights.reshape(*q_BNH.shape[:2], self.capacity)
+
     def padded_to(self, capacity: int) -> "LayerCache":
         """The same with empty slots behind, `capacity` in all."""
         empty = [(0, 0)] * (self.k.ndim - 1) + [(0, capacity - self.capacity)]

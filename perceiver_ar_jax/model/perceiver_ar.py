@@ -186,6 +186,26 @@ class PerceiverAR(nn.Module):
         cache = cache.replace(cross=cross, layers=tuple(layers), length=cache.length + num_tokens)
         return self._normed(x_BTD), cache
 
+    def newest_attention(self, tokens_B: jax.Array, cache: Cache) -> jax.Array:
+        """What the newest token in a cache has read in the hybrid layer: (B, N, K) float32.
+
+        Args:
+          tokens_B: that token of each row, whose keys and values the cache holds already.
+          cache: as `prefill` and `decode_step` return it.
+
+        Returns:
+          The attention weights of each head, which sum to 1 over the columns that the token sees:
+          the newest K, oldest first, its own the last. Columns that are empty or pads have 0.
+        """
+        before = cache.replace(length=cache.length - 1)
+        positions_B1 = before.length - cache.pads_B[:, None]
+        x_B1D = embed(self._tables(), tokens_B[:, None], positions_B1)
+        layer, rotation_B1 = self.cross_attention, rotation(positions_B1, self.config)
+        q_B1NH = layer.attention.queries(layer.q_norm(x_B1D), rotation_B1)
+        _, mask_B1K = before.cross_slots_and_mask(1)
+        weights_BNK = cache.cross.attention_weights(q_B1NH[:, 0], mask_B1K[:, 0])
+        return jnp.roll(weights_BNK, -(cache.length % cache.cross.capacity), axis=-1)
+
     def _first_layer(self, inputs, prefix_len, num_windows, deterministic):
         """The hybrid layer over embedded inputs, each window of latents a row.
 

@@ -16,10 +16,14 @@ def attend(q_BNH: jax.Array, k_BNHK: jax.Array, v_BNHK: jax.Array, mask_BK: jax.
       v_BNHK: values.
       mask_BK: True where a key is visible.
     """
-    scores = jnp.einsum("...NH,...NHK->...NK", q_BNH, k_BNHK, preferred_element_type=jnp.float32)
-    mask = jnp.expand_dims(mask_BK, -2)
-    weights = jax.nn.softmax(jnp.where(mask, scores, MASK_VALUE)).astype(q_BNH.dtype)
+    weights = attention_weights(q_BNH, k_BNHK, mask_BK).astype(q_BNH.dtype)
     return jnp.einsum("...NK,...NHK->...NH", weights, v_BNHK)
+
+
+def attention_weights(q_BNH: jax.Array, k_BNHK: jax.Array, mask_BK: jax.Array) -> jax.Array:
+    """The weights of `attend`, (B, N, K) float32; each sums to 1 over K."""
+    scores = jnp.einsum("...NH,...NHK->...NK", q_BNH, k_BNHK, preferred_element_type=jnp.float32)
+    return jax.nn.softmax(jnp.where(jnp.expand_dims(mask_BK, -2), scores, MASK_VALUE))
 
 
 def attend_several(

@@ -1,0 +1,196 @@
+"""The thread that runs the model: continuations that wait become batches, which take turns."""
+
+import collections
+import dataclasses
+import threading
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+
+from perceiver_ar_jax.generation import Generation, Options
+from perceiver_ar_jax.generation.options import GREEDY_BELOW
+from perceiver_ar_jax.generation.prompt import default_num_latents
+from perceiver_ar_jax.pretrained import Pretrained
+from perceiver_ar_jax.serving.rows import Row
+
+MAX_BATCHES = 4  # that take turns, each with a cache of its own
+# Likeliest tokens to keep of each place: always, so that there is one program for all requests.
+MAX_ALTERNATIVES = 5
+
+
+class QueueFull(Exception):
+    """No room for more continuations now."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What the server takes on."""
+
+    max_batch: int = 8  # continuations that run together, and that one request may ask for
+    max_queue: int = 64  # continuations that may wait
+    max_tokens: int = 2048  # that a request may ask for
+
+    def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if self.max_queue < self.max_batch:
+            raise ValueError(f"max_queue={self.max_queue} is less than max_batch={self.max_batch}")
+
+
+class Engine:
+    """Continues rows, in batches of those with the same settings, on a thread of its own.
+
+    Between two tokens of a batch it looks for new rows and drops batches that nobody wants.
+    """
+
+    def __init__(self, pretrained: Pretrained, limits: Limits):
+        self.pretrained, self.limits = pretrained, limits
+        self._waiting: collections.deque[Row] = collections.deque()
+        self._batches: collections.deque[_Batch] = collections.deque()
+        self.num_tokens = 0  # computed for clients since the start
+        self._closed = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> int:
+        """Continuations in a batch."""
+        return sum(not row.done for batch in tuple(self._batches) for row in batch.rows)
+
+    @property
+    def waiting(self) -> int:
+        """Continuations in the queue."""
+        return sum(not row.done for row in tuple(self._waiting))
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread still works."""
+        return self._thread.is_alive()
+
+    def submit(self, rows: Sequence[Row]) -> None:
+        """Puts rows into the queue.
+
+        Raises:
+          QueueFull: there is no room for all of them.
+        """
+        with self._changed:
+            if self._closed or self.waiting + len(rows) > self.limits.max_queue:
+                raise QueueFull
+            self._waiting.extend(rows)
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Ends all rows with an error, and the thread after the token it is computing."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join(timeout=10)
+
+    def _run(self):
+        while True:
+            with self._changed:
+                while not (self._closed or self._waiting or self._batches):
+                    self._changed.wait()
+                if self._closed:
+                    break
+                rows = self._next_rows() if len(self._batches) < MAX_BATCHES else []
+            if rows:
+                self._batches.append(_Batch(rows))
+            if self._batches:
+                self._advance(self._batches[0])
+                self._batches.rotate(-1)
+                while self._batches and self._batches[-1].done:
+                    self._batches.pop()
+        for row in (*self._waiting, *(row for batch in self._batches for row in batch.rows)):
+            row.fail("the server is shutting down")
+
+    def _advance(self, batch):
+        try:
+            self.num_tokens += batch.advance(self.pretrained)
+        except Exception as error:  # such as a lack of memory; other batches may go on
+            logging.exception("a batch of %d failed", len(batch.rows))
+            for row in batch.rows:
+                row.fail(f"generation failed: {type(error).__name__}")
+
+    def _next_rows(self):
+        """The first row that waits, and others with its settings; at most max_batch."""
+        waiting = [row for row in self._waiting if not row.done]
+        same = [row for row in waiting if row.settings == waiting[0].settings]
+        rows = same[: self.limits.max_batch]
+        self._waiting = collections.deque(row for row in waiting if row not in rows)
+        return rows
+
+
+class _Batch:
+    def __init__(self, rows: list[Row]):
+        self.rows = rows
+        self._generation, self._steps = None, None
+
+    @property
+    def done(self) -> bool:
+        return all(row.done for row in self.rows)
+
+    def advance(self, pretrained: Pretrained) -> int:
+        """One more token for each row that wants one; their number."""
+        wanted = sum(not row.done for row in self.rows)
+        if not wanted:
+            return 0
+        if self._steps is None:
+            self._generation = _generation(pretrained, self.rows)
+            self._steps = self._generation.steps()
+        step = next(self._steps)
+        attention_BK = None
+        if self.rows[0].settings.attention:
+            attention_BK = self._generation.newest_attention()
+        for b, row in enumerate(self.rows):
+            ids_A, log_probs_A = step.alternative_ids_BA[b], step.alternative_log_probs_BA[b]
+            alternatives = list(zip(ids_A.tolist(), log_probs_A.tolist(), strict=True))
+            row.push(
+                int(step.tokens_B[b]),
+                step.log_probs_B[b],
+                alternatives,
+                None if attention_BK is None else attention_BK[b],
+            )
+        return wanted
+
+
+def _generation(pretrained, rows):
+    settings, tokenizer = rows[0].settings, pretrained.tokenizer
+    # Batches of 1, 2, 4, … rows share compiled programs; the last row fills them.
+    size = 1 << (len(rows) - 1).bit_length()
+    rows = rows + rows[-1:] * (size - len(rows))
+    sampling = {}
+    if settings.temperature >= GREEDY_BELOW:
+        sampling = {
+            "do_sample": True,
+            "temperature": settings.temperature,
+            "top_k": settings.top_k,
+            "top_p": settings.top_p,
+            "rng": jnp.stack([row.key for row in rows]),
+        }
+    options = Options.of(
+        max_new_tokens=max(row.max_tokens for row in rows),
+        num_alternatives=min(MAX_ALTERNATIVES, tokenizer.vocab_size),
+        policy=settings.policy,
+        eos_token_id=tokenizer.eos_id,
+        pad_token_id=tokenizer.pad_id,
+        vocab_size=tokenizer.vocab_size,
+        **sampling,
+    )
+    prompts = [row.prompt for row in rows]
+    num_latents = settings.num_latents
+    if num_latents is None:
+        num_latents = default_num_latents(max(map(len, prompts)), pretrained.config)
+    return Generation(
+        pretrained.model, pretrained.params, prompts, options, num_latents=num_latents
+    )
+
+
+def row_keys(seed: int, count: int) -> list[jax.Array]:
+    """The keys with which `generate(..., rng=jax.random.key(seed))` draws so many rows."""
+    key = jax.random.key(seed)
+    return [jax.random.fold_in(key, i) for i in range(count)]

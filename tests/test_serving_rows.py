@@ -1,0 +1,135 @@
+"""What the server does without a model: text that may become a stop, requests of any kind."""
+
+import json
+
+import jax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis_jsonschema import from_schema
+from small_models import small_config
+from starlette.testclient import TestClient
+
+from perceiver_ar_jax import PerceiverAR, Pretrained
+from perceiver_ar_jax.serving import schema
+from perceiver_ar_jax.serving.app import make_app
+from perceiver_ar_jax.serving.engine import Limits
+from perceiver_ar_jax.serving.rows import Row, Settings
+from perceiver_ar_jax.tokenizers import ByteTokenizer
+
+TEXTS = st.text("ab \n", min_size=1, max_size=30)
+STOPS = st.lists(st.text("ab \n", min_size=1, max_size=4), max_size=3)
+
+
+def row(emit, **options):
+    options = {"key": jax.random.key(0), "max_tokens": 100, "tokenizer": ByteTokenizer()} | options
+    return Row([70], Settings(), emit=emit, **options)
+
+
+def up_to_a_stop(text, stops):
+    """The text before the first of the stops that is complete; all of it without any."""
+    for length in range(len(text)):
+        found = [i for stop in stops if (i := text[: length + 1].find(stop)) >= 0]
+        if found:
+            return text[: min(found)]
+    return text
+
+
+@given(TEXTS, STOPS)
+def test_a_text_ends_before_the_first_stop_whatever_its_pieces(text, stops):
+    pieces = []
+    continuation = row(pieces.append, stop=stops, with_log_probs=True)
+    for token in ByteTokenizer().encode(text):
+        continuation.push(token, -1.0)
+        shown = "".join(piece.text for piece in pieces)
+        assert not any(stop in shown for stop in stops)
+    continuation.push(ByteTokenizer.eos_id, -1.0)
+    expected = up_to_a_stop(text, stops)
+    assert "".join(piece.text for piece in pieces) == expected
+    assert pieces[-1].finish_reason == "stop"
+    assert sum(piece.token is not None for piece in pieces) == len(expected)
+
+
+class Repeater:
+    """In place of an engine: each continuation is its prompt's last token again and again."""
+
+    limits = Limits(max_tokens=40)
+
+    def __init__(self, pretrained):
+        self.pretrained = pretrained
+
+    def submit(self, rows):
+        for row in rows:
+            while not row.done:
+                row.push(row.prompt[-1], -1.0, [(row.prompt[-1], -1.0)])
+
+    def close(self):
+        pass
+
+
+@pytest.fixture(scope="module")
+def app():
+    config = small_config(vocab_size=262, max_seq_len=40)
+    pretrained = Pretrained(PerceiverAR(config), {}, config, ByteTokenizer(), step=0)
+    return make_app(Repeater(pretrained), name="small")
+
+
+@pytest.fixture(scope="module")
+def client(app):
+    with TestClient(app, base_url="http://localhost") as client:
+        yield client
+
+
+def request_schema(app):
+    """That of a completion's body, from the app's own OpenAPI document."""
+    document = json.dumps(app.openapi()["components"]["schemas"])
+    definitions = json.loads(document.replace("#/components/schemas/", "#/$defs/"))
+    return definitions["CompletionRequest"] | {"$defs": definitions}
+
+
+def check_answer(answer):
+    """It is of a shape that the document promises; returns its status."""
+    if answer.status_code != 200:
+        assert answer.status_code in (400, 404)
+        error = schema.Error.model_validate_json(answer.content).error
+        assert error.message
+    elif answer.headers["Content-Type"].startswith("text/event-stream"):
+        *events, done = answer.text.strip().split("\n\n")
+        assert done == "data: [DONE]"
+        for event in events:
+            schema.Completion.model_validate_json(event.removeprefix("data: "))
+    else:
+        completion = schema.Completion.model_validate_json(answer.content)
+        assert all(choice.finish_reason == "length" for choice in completion.choices)
+    return answer.status_code
+
+
+@given(data=st.data())
+def test_any_request_of_the_schema_gets_an_answer_of_the_schema(app, client, data):
+    body = data.draw(from_schema(request_schema(app)))
+    check_answer(client.post("/v1/completions", json=body))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(field=st.sampled_from(sorted(schema.CompletionRequest.model_fields)) | st.text(), value=JSON)
+def test_any_value_of_a_field_is_taken_or_refused(client, field, value):
+    body = json.dumps({"prompt": "a", field: value})
+    status = check_answer(
+        client.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+    )
+    if field not in schema.CompletionRequest.model_fields:
+        assert status == 400
+
+
+@given(st.binary(max_size=40))
+def test_any_bytes_are_refused(client, body):
+    answer = client.post(
+        "/v1/completions", content=body, headers={"Content-Type": "application/json"}
+    )
+    assert check_answer(answer) == 400
