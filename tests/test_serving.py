@@ -192,7 +192,6 @@ REFUSED = {
     "echo": ({"echo": True, "logprobs": 1}, "echo with logprobs is not supported"),
     "no JSON": (b"{", "body: JSON decode error"),
     "no text": (b'{"prompt": "\xff"}', "error parsing the body"),
-    "half a character": (b'{"prompt": "\\ud800"}', "prompt"),
 }
 
 
@@ -205,6 +204,12 @@ def test_a_bad_request_is_refused_with_a_reason(server, body, message):
     assert status == 400
     assert message in error["message"]
     assert error["type"] == "invalid_request_error"
+
+
+def test_half_a_character_in_a_prompt_is_a_question_mark(server):
+    status, _, answer = send(server, b'{"prompt": "\\ud800", "echo": true, "temperature": 0}')
+    assert status == 200
+    assert json.loads(answer)["choices"][0]["text"].startswith("?")
 
 
 def test_what_is_too_large_or_not_there_is_refused(server, client):

@@ -20,6 +20,7 @@ from perceiver_ar_jax.serving.engine import Engine, QueueFull, row_keys
 from perceiver_ar_jax.serving.errors import BadRequest, add_error_handlers, error_response
 from perceiver_ar_jax.serving.guard import Guard
 from perceiver_ar_jax.serving.rows import Piece, Row, Settings
+from perceiver_ar_jax.tokenizers.protocol import valid_unicode
 
 PAGE = (Path(__file__).parent / "page.html").read_text("utf-8")
 PAGE_HEADERS = {
@@ -299,7 +300,7 @@ def _prompts(prompt, tokenizer):
     if not prompt:
         raise BadRequest("prompt is empty", param="prompt")
     if isinstance(prompt[0], str):
-        return [(text, tokenizer.encode(text)) for text in prompt]
+        return [(valid_unicode(text), tokenizer.encode(text)) for text in prompt]
     try:
         return [(tokenizer.decode(ids), ids) for ids in prompt]
     except ValueError as error:
