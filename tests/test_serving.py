@@ -4,6 +4,7 @@ import concurrent.futures
 import http.client
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -274,6 +275,63 @@ def test_the_page_needs_nothing_from_elsewhere(server):
     assert status == 200
     assert "default-src 'none'" in headers["Content-Security-Policy"]
     assert b"https://" not in page and b"http://" not in page
+
+
+@pytest.fixture(scope="module")
+def page(server):
+    """The server's page in Debian's Chromium; what it complains about is in `page.problems`."""
+    found = shutil.which("chromium") or shutil.which("google-chrome")
+    if found is None:
+        pytest.skip("needs Chromium (apt-get install chromium)")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="drives Chromium")
+    with sync_api.sync_playwright() as playwright:
+        # As root, in CI, Chromium has no sandbox.
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.set_default_timeout(120_000)
+        page.problems = []
+        page.on("pageerror", lambda error: page.problems.append(str(error)))
+        page.on("console", lambda line: page.problems.append(line.text))
+        page.goto(f"http://127.0.0.1:{server.port}/")
+        yield page
+        browser.close()
+
+
+def test_the_page_streams_text_that_the_keyboard_can_walk(page):
+    page.fill("#prompt", "a river")
+    page.fill("#max_tokens", "12")
+    page.keyboard.press("Control+Enter")
+    page.wait_for_function("tokens.length === 12 && !running")
+    assert page.inner_text("#text").startswith("a river")
+    assert "12 tokens" in page.inner_text("#speed")
+    shades = page.eval_on_selector_all(".token", "all => all.map(x => x.style.background)")
+    assert len(set(shades)) > 1
+    assert page.is_hidden("#details")
+    page.focus("#text")
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowLeft")
+    assert page.evaluate("chosen") == 10
+    rows = page.inner_text("#details").splitlines()
+    assert 5 <= len(rows) <= 6 and all("%" in row for row in rows)
+    drawn = "strip.getContext('2d').getImageData(0, 0, strip.width, strip.height).data.some(x => x)"
+    assert page.evaluate(drawn)
+    page.keyboard.press("Escape")
+    assert page.is_hidden("#details")
+    assert page.problems == []
+
+
+def test_the_page_stops_and_says_what_is_wrong(server, page):
+    page.fill("#max_tokens", str(MAX_TOKENS))
+    page.click("#go")
+    page.wait_for_function("tokens.length > 0")
+    page.keyboard.press("Escape")
+    page.wait_for_function("!running")
+    assert "stopped" in page.inner_text("#speed")
+    wait_until_idle(server)
+    page.fill("#prompt", "a" * 41)
+    page.click("#go")
+    page.wait_for_selector("#error:not(:empty)")
+    assert "the model reads at most 40" in page.inner_text("#error")
 
 
 def test_sigterm_ends_streams_and_then_the_server(server, client):

@@ -40,7 +40,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     import jax
     from absl import logging
 
-    from perceiver_ar_jax import load_pretrained
+    from perceiver_ar_jax.pretrained import load_pretrained
 
     try:
         from perceiver_ar_jax.serving import Limits, serve
