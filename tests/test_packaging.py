@@ -48,7 +48,8 @@ def test_the_wheel_holds_the_package_its_presets_and_its_licence(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         (metadata,) = (archive.read(x) for x in names if x.endswith(".dist-info/METADATA"))
-    package = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("perceiver_ar_jax/**/*.py")}
+    sources = [*ROOT.glob("perceiver_ar_jax/**/*.py"), *ROOT.glob("perceiver_ar_jax/**/*.html")]
+    package = {path.relative_to(ROOT).as_posix() for path in sources}
     presets = {f"perceiver_ar_jax/configs/{name}" for name in PRESETS}
     found = {name for name in names if ".dist-info/" not in name}
     assert found == package | presets | {"perceiver_ar_jax/py.typed"}

@@ -297,6 +297,7 @@ def page(server):
         browser.close()
 
 
+@pytest.mark.slow  # a browser
 def test_the_page_streams_text_that_the_keyboard_can_walk(page):
     page.fill("#prompt", "a river")
     page.fill("#max_tokens", "12")
@@ -320,6 +321,7 @@ def test_the_page_streams_text_that_the_keyboard_can_walk(page):
     assert page.problems == []
 
 
+@pytest.mark.slow  # a browser
 def test_the_page_stops_and_says_what_is_wrong(server, page):
     page.fill("#max_tokens", str(MAX_TOKENS))
     page.click("#go")
