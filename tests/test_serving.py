@@ -288,7 +288,7 @@ def page(server):
         # As root, in CI, Chromium has no sandbox.
         browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
         page = browser.new_page()
-        page.set_default_timeout(120_000)
+        page.set_default_timeout(60_000)
         page.problems = []
         page.on("pageerror", lambda error: page.problems.append(str(error)))
         page.on("console", lambda line: page.problems.append(line.text))
@@ -302,7 +302,7 @@ def test_the_page_streams_text_that_the_keyboard_can_walk(page):
     page.fill("#prompt", "a river")
     page.fill("#max_tokens", "12")
     page.keyboard.press("Control+Enter")
-    page.wait_for_function("tokens.length === 12 && !running")
+    page.wait_for_selector("#go:enabled")
     assert page.inner_text("#text").startswith("a river")
     assert "12 tokens" in page.inner_text("#speed")
     shades = page.eval_on_selector_all(".token", "all => all.map(x => x.style.background)")
@@ -312,8 +312,7 @@ def test_the_page_streams_text_that_the_keyboard_can_walk(page):
     page.keyboard.press("ArrowLeft")
     page.keyboard.press("ArrowLeft")
     assert page.evaluate("chosen") == 10
-    rows = page.inner_text("#details").splitlines()
-    assert 5 <= len(rows) <= 6 and all("%" in row for row in rows)
+    assert page.locator("#details .taken").count() == 1
     drawn = "strip.getContext('2d').getImageData(0, 0, strip.width, strip.height).data.some(x => x)"
     assert page.evaluate(drawn)
     page.keyboard.press("Escape")
@@ -325,9 +324,9 @@ def test_the_page_streams_text_that_the_keyboard_can_walk(page):
 def test_the_page_stops_and_says_what_is_wrong(server, page):
     page.fill("#max_tokens", str(MAX_TOKENS))
     page.click("#go")
-    page.wait_for_function("tokens.length > 0")
+    page.wait_for_selector(".token", state="attached")
     page.keyboard.press("Escape")
-    page.wait_for_function("!running")
+    page.wait_for_selector("#go:enabled")
     assert "stopped" in page.inner_text("#speed")
     wait_until_idle(server)
     page.fill("#prompt", "a" * 41)

@@ -16,7 +16,7 @@ from perceiver_ar_jax._version import __version__
 from perceiver_ar_jax.generation import prompt as prompts
 from perceiver_ar_jax.generation.options import GREEDY_BELOW
 from perceiver_ar_jax.serving import schema
-from perceiver_ar_jax.serving.engine import Engine, QueueFull, row_keys
+from perceiver_ar_jax.serving.engine import Engine, QueueFull, Stopped, row_keys
 from perceiver_ar_jax.serving.errors import BadRequest, add_error_handlers, error_response
 from perceiver_ar_jax.serving.guard import Guard
 from perceiver_ar_jax.serving.rows import Piece, Row, Settings
@@ -43,7 +43,6 @@ ERRORS = {
         503: "the server is shutting down",
     }.items()
 }
-PROMPT_WITH_LOGPROBS = "echo with logprobs is not supported: prompts are not scored"
 
 
 def make_app(engine: Engine, *, name: str) -> FastAPI:
@@ -93,12 +92,12 @@ def make_app(engine: Engine, *, name: str) -> FastAPI:
     async def models() -> schema.Models:
         return schema.Models(data=[model])
 
-    @app.get("/v1/models/{name}", responses={status: ERRORS[status] for status in (403, 404)})
+    @app.get("/v1/models/{name:path}", responses={status: ERRORS[status] for status in (403, 404)})
     async def model_named(name: str) -> schema.Model:
         _check_name(name, model.id)
         return model
 
-    @app.post("/v1/completions", responses=ERRORS, response_model_exclude_none=False)
+    @app.post("/v1/completions", responses=ERRORS)
     async def completions(body: schema.CompletionRequest, request: Request) -> schema.Completion:
         _check_name(body.model, model.id)
         answer = await run_in_threadpool(
@@ -108,6 +107,8 @@ def make_app(engine: Engine, *, name: str) -> FastAPI:
             engine.submit(answer.rows)
         except QueueFull:
             return error_response(429, "too many requests wait", code="queue_full")
+        except Stopped:
+            return error_response(503, "the server is shutting down")
         if body.stream:
             return _Stream(answer)
         return await _unless_client_leaves(request, answer)
@@ -139,7 +140,7 @@ class _Answer:
                 param="max_tokens",
             )
         if body.echo and body.logprobs is not None:
-            raise BadRequest(PROMPT_WITH_LOGPROBS, param="echo")
+            raise BadRequest("echo with logprobs is not supported", param="echo")
         if body.attention and not body.stream:
             raise BadRequest("attention needs stream=true", param="attention")
         stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
@@ -190,9 +191,9 @@ class _Answer:
             choice.text += more.text
             choice.finish_reason = more.finish_reason
             if choice.logprobs:
-                for field in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
-                    if getattr(choice.logprobs, field) is not None:
-                        getattr(choice.logprobs, field).extend(getattr(more.logprobs, field))
+                for name, values in choice.logprobs:
+                    if values is not None:
+                        values.extend(getattr(more.logprobs, name))
         return schema.Completion(**self._head, choices=choices, usage=self._usage())
 
     async def events(self) -> AsyncIterator[str]:

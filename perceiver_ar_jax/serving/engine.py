@@ -24,6 +24,10 @@ class QueueFull(Exception):
     """No room for more continuations now."""
 
 
+class Stopped(Exception):
+    """The engine works no more."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
     """What the server takes on."""
@@ -76,9 +80,12 @@ class Engine:
 
         Raises:
           QueueFull: there is no room for all of them.
+          Stopped: the server is shutting down.
         """
         with self._changed:
-            if self._closed or self.waiting + len(rows) > self.limits.max_queue:
+            if self._closed or not self.alive:
+                raise Stopped
+            if self.waiting + len(rows) > self.limits.max_queue:
                 raise QueueFull
             self._waiting.extend(rows)
             self._changed.notify()
@@ -88,7 +95,7 @@ class Engine:
         with self._changed:
             self._closed = True
             self._changed.notify()
-        self._thread.join(timeout=10)
+        self._thread.join(timeout=5)  # it may be compiling
 
     def _run(self):
         while True:

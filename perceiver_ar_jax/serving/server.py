@@ -33,6 +33,7 @@ def serve(pretrained: Pretrained, *, name: str, port: int, limits: Limits) -> No
             log_level="warning",
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             ws="none",
             timeout_graceful_shutdown=GRACE,
         )
