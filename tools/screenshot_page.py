@@ -18,7 +18,7 @@ def main() -> int:
     parser.add("--output", "the PNG file", required=True)
     parser.add("--prompt", "to continue", default="Return a list of the names")
     parser.add("--dark", "take the dark page", action="store_true")
-    parser.add("--tokens", "to wait for", type=int, default=150)
+    parser.add("--tokens", "to wait for", type=int, default=110)
     arguments = parser.parse_args()
     browser_path = shutil.which("chromium") or shutil.which("google-chrome")
     if browser_path is None:
@@ -28,7 +28,7 @@ def main() -> int:
             executable_path=browser_path, args=["--no-sandbox", "--disable-gpu"]
         )
         page = browser.new_page(
-            viewport={"width": 900, "height": 900},
+            viewport={"width": 900, "height": 690},
             color_scheme="dark" if arguments.dark else "light",
         )
         page.set_default_timeout(600_000)
