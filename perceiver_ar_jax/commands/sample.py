@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from perceiver_ar_jax.command_line import Parser
+from perceiver_ar_jax.commands.decoding_model import add_model_flags, load_model
 
 
 def main(argv: list[str]) -> int:
@@ -25,13 +26,8 @@ def main(argv: list[str]) -> int:
 
 def _parser() -> Parser:
     parser = Parser(__doc__)
+    add_model_flags(parser)
     add = parser.add
-    add("--model", "what load_pretrained reads: a workdir, a folder, a hub id", required=True)
-    add(
-        "--weights",
-        "float32, bfloat16 or int8: what the weights are converted to for decoding; int8 is the "
-        "fastest (default: as the model is configured; on a CPU float32)",
-    )
     add("--prompt", "may be given several times", action="append")
     add("--prompt_file", "UTF-8 text, one prompt per line; blank lines are skipped")
     add(
@@ -72,18 +68,9 @@ def _continue_prompts(arguments: argparse.Namespace) -> int:
     if arguments.prompt and arguments.prompt_file:
         raise ValueError("pass --prompt or --prompt_file, not both")
     import jax
-    from absl import logging
 
-    from perceiver_ar_jax.pretrained import load_pretrained
-
-    logging.set_verbosity(logging.WARNING)
     prompts = _prompts(arguments)
-    weights = arguments.weights
-    if weights is None and jax.default_backend() == "cpu":
-        weights = "float32"  # a CPU takes longer in bfloat16 for a single prompt
-    pretrained = load_pretrained(arguments.model, weights=weights)
-    if pretrained.tokenizer is None:
-        raise ValueError(f"{arguments.model} has no tokenizer")
+    pretrained = load_model(arguments)
     searches = arguments.num_beams > 1 or arguments.penalty_alpha is not None
     options = {
         "max_new_tokens": arguments.max_new_tokens,

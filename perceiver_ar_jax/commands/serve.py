@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 from perceiver_ar_jax.command_line import Parser
+from perceiver_ar_jax.commands.decoding_model import add_model_flags, load_model
 
 
 def main(argv: list[str]) -> int:
@@ -21,14 +22,9 @@ def main(argv: list[str]) -> int:
 
 def _parser() -> Parser:
     parser = Parser(__doc__)
+    add_model_flags(parser)
     add = parser.add
-    add("--model", "what load_pretrained reads: a workdir, a folder, a hub id", required=True)
     add("--port", "of 127.0.0.1; 0 takes a free one", type=int, default=8000)
-    add(
-        "--weights",
-        "float32, bfloat16 or int8: what the weights are converted to for decoding; int8 is the "
-        "fastest (default: as the model is configured; on a CPU float32)",
-    )
     add("--name", "of the model, for clients (default: the last part of --model)")
     add("--max_batch", "how many continuations run together", type=int, default=8)
     add("--max_queue", "how many continuations may wait", type=int, default=64)
@@ -37,11 +33,6 @@ def _parser() -> Parser:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    import jax
-    from absl import logging
-
-    from perceiver_ar_jax.pretrained import load_pretrained
-
     try:
         from perceiver_ar_jax.serving import Limits, serve
     except ModuleNotFoundError as error:
@@ -53,13 +44,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         max_queue=arguments.max_queue,
         max_tokens=arguments.max_tokens,
     )
-    logging.set_verbosity(logging.WARNING)
-    weights = arguments.weights
-    if weights is None and jax.default_backend() == "cpu":
-        weights = "float32"  # a CPU takes longer in bfloat16 for a single prompt
-    pretrained = load_pretrained(arguments.model, weights=weights)
-    if pretrained.tokenizer is None:
-        raise ValueError(f"{arguments.model} has no tokenizer")
+    pretrained = load_model(arguments)
     name = arguments.name or Path(arguments.model).resolve().name
     serve(pretrained, name=name, port=arguments.port, limits=limits)
     return 0
