@@ -3,22 +3,22 @@
 python tools/draw_learning.py learning.json [--output=docs/learning.svg]
 """
 
-import argparse
 import itertools
-import json
 import sys
-from pathlib import Path
+from typing import Any
 
 from svg_chart import Box, Label, Panel
-from svg_drawing import BLUE, ORANGE, Drawing
+from svg_drawing import BLUE, ORANGE, Drawing, draw_result
 
 WIDTH, HEIGHT = 960, 350
 COLORS = {"perceiver-io": ORANGE, "ours": BLUE}
 WINDOW = 20  # steps whose mean is a point
 
 
-def draw(result: dict) -> Drawing:
+def draw(result: Any) -> Drawing | None:
     """The page with both panels."""
+    if not isinstance(result, dict) or len(result.get("losses", {}).get("ours", ())) < WINDOW:
+        return None
     means = {name: _means(result["losses"][name]) for name in COLORS}
     steps = [WINDOW * (i + 1) for i in range(len(means["ours"]))]
     minutes = {
@@ -59,25 +59,12 @@ def _panel(drawing, span, curves, title, x_name) -> None:
         panel.curve(points, COLORS[name], dots=False)
 
 
-def main() -> int:
-    """Writes the picture and prints where it is."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("result", type=Path)
-    parser.add_argument("--output", type=Path, default=Path("docs/learning.svg"))
-    arguments = parser.parse_args()
-    try:
-        result = json.loads(arguments.result.read_text())
-        if not isinstance(result, dict) or len(result.get("losses", {}).get("ours", ())) < WINDOW:
-            raise ValueError(
-                f"{arguments.result} is not what benchmarks/learning.py writes after {WINDOW} steps"
-            )
-        draw(result).save(arguments.output)
-    except (OSError, ValueError) as error:
-        print(f"draw_learning.py: {error}", file=sys.stderr)
-        return 2
-    print(arguments.output)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(
+        draw_result(
+            __doc__.splitlines()[0],
+            draw,
+            made_by=f"benchmarks/learning.py writes after {WINDOW} steps",
+            output="docs/learning.svg",
+        )
+    )

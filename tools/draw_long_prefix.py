@@ -3,13 +3,11 @@
 python tools/draw_long_prefix.py long_prefix.json [--output=docs/long_prefix.svg]
 """
 
-import argparse
-import json
 import sys
-from pathlib import Path
+from typing import Any
 
 from svg_chart import Box, Label, Panel
-from svg_drawing import BLUE, GREEN, ORANGE, Drawing
+from svg_drawing import BLUE, GREEN, ORANGE, Drawing, draw_result
 
 WIDTH, HEIGHT = 900, 360
 CURVES = {
@@ -19,8 +17,11 @@ CURVES = {
 }
 
 
-def draw(entries: list[dict]) -> Drawing:
+def draw(result: Any) -> Drawing | None:
     """The page; a curve ends at the last length that fitted into memory."""
+    entries = result.get("entries") if isinstance(result, dict) else None
+    if not any("peak_mib" in entry for entry in entries or ()):
+        return None
     curves = {
         name: sorted(
             (entry["prefix"], entry["peak_mib"] / 1024)
@@ -56,23 +57,12 @@ def draw(entries: list[dict]) -> Drawing:
     return drawing
 
 
-def main() -> int:
-    """Writes the picture and prints where it is."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("result", type=Path)
-    parser.add_argument("--output", type=Path, default=Path("docs/long_prefix.svg"))
-    arguments = parser.parse_args()
-    try:
-        entries = json.loads(arguments.result.read_text()).get("entries")
-        if not any("peak_mib" in entry for entry in entries or ()):
-            raise ValueError(f"{arguments.result} is not what benchmarks/long_prefix.py prints")
-        draw(entries).save(arguments.output)
-    except (OSError, ValueError, AttributeError) as error:
-        print(f"draw_long_prefix.py: {error}", file=sys.stderr)
-        return 2
-    print(arguments.output)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(
+        draw_result(
+            __doc__.splitlines()[0],
+            draw,
+            made_by="benchmarks/long_prefix.py prints",
+            output="docs/long_prefix.svg",
+        )
+    )

@@ -7,20 +7,20 @@ costs after the longest prefix than after none, by its place among the latents, 
 was trained with the longest.
 """
 
-import argparse
-import json
 import sys
-from pathlib import Path
+from typing import Any
 
-from svg_drawing import BLUE, MUTED, ORANGE, RULE, Drawing
+from svg_drawing import BLUE, MUTED, ORANGE, RULE, Drawing, draw_result
 
 WIDTH, HEIGHT = 900, 330
 TOP, BOTTOM = 70, 260
 LEFT_PANEL, RIGHT_PANEL = (66, 430), (526, 876)
 
 
-def draw(result: dict) -> Drawing:
+def draw(result: Any) -> Drawing | None:
     """The page with both panels."""
+    if not isinstance(result, dict) or not result.get("models"):
+        return None
     drawing = Drawing(
         WIDTH,
         HEIGHT,
@@ -80,25 +80,12 @@ def _bars(drawing, span, values, names, color, *, title, below, from_zero) -> No
     drawing.text((left + right) / 2, BOTTOM + 42, below, text_anchor="middle", fill=MUTED)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("result", type=Path)
-    parser.add_argument("--output", type=Path, default=Path("docs/prefix_gain.svg"))
-    arguments = parser.parse_args()
-    try:
-        result = json.loads(arguments.result.read_text())
-        if not isinstance(result, dict) or not result.get("models"):
-            raise ValueError(
-                f"{arguments.result} is not what benchmarks/prefix_gain.py writes after its first "
-                "model"
-            )
-        draw(result).save(arguments.output)
-    except (OSError, ValueError) as error:
-        print(f"draw_prefix_gain.py: {error}", file=sys.stderr)
-        return 2
-    print(arguments.output)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(
+        draw_result(
+            __doc__.splitlines()[0],
+            draw,
+            made_by="benchmarks/prefix_gain.py writes after its first model",
+            output="docs/prefix_gain.svg",
+        )
+    )

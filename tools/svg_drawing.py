@@ -1,7 +1,12 @@
 """A page of SVG with the colours and type that our pictures share."""
 
+import argparse
+import json
+import sys
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
+from typing import Any
 
 # The page brings its own background, so that it reads the same on light and dark web pages.
 PAPER, EDGE, RULE = "#fcfbf8", "#d9d4c8", "#e4dfd3"
@@ -50,6 +55,33 @@ class Drawing:
     def _add(self, tag: str, attributes: dict, content: str = "") -> None:
         pairs = (f'{name.replace("_", "-")}="{_plain(x)}"' for name, x in attributes.items())
         self._shapes.append(f"<{tag} {' '.join(pairs)}>{content}</{tag}>")
+
+
+def draw_result(
+    description: str, draw: Callable[[Any], Drawing | None], *, made_by: str, output: str
+) -> int:
+    """The command of a script that draws a benchmark's JSON; returns the exit code.
+
+    Args:
+      description: the first line of its help.
+      draw: of the JSON; gives None for what is not a result.
+      made_by: which script makes it, in what way.
+      output: where the picture goes by default.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--output", type=Path, default=Path(output))
+    arguments = parser.parse_args()
+    try:
+        drawing = draw(json.loads(arguments.result.read_text()))
+        if drawing is None:
+            raise ValueError(f"{arguments.result} is not what {made_by}")
+        drawing.save(arguments.output)
+    except (OSError, ValueError) as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        return 2
+    print(arguments.output)
+    return 0
 
 
 def _plain(value: object) -> str:
