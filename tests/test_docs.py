@@ -27,7 +27,14 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/coming_from_perceiver_io.md"])
+SHAPES_OF_PAGES = {
+    "README.md": ("logits", (1, 256, 262)),
+    "docs/coming_from_perceiver_io.md": ("logits", (1, 1, 262)),
+    "docs/api.md": ("cross", (1, 2, 4, 12)),
+}
+
+
+@pytest.mark.parametrize("page", SHAPES_OF_PAGES)
 def test_the_python_of_a_page_runs(page, checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "quickstart").mkdir(parents=True)
@@ -37,8 +44,8 @@ def test_the_python_of_a_page_runs(page, checkpoint, tmp_path, monkeypatch):
     names = {"checkpoint": checkpoint}
     for block in blocks:
         exec(compile(block, page, "exec"), names)
-    shapes = {"README.md": (1, 256, 262), "docs/coming_from_perceiver_io.md": (1, 1, 262)}
-    assert names["logits"].shape == shapes[page]
+    name, shape = SHAPES_OF_PAGES[page]
+    assert names[name].shape == shape
 
 
 def test_the_site_builds_without_warnings(tmp_path):

@@ -1,6 +1,7 @@
 """The building blocks: Dense, LayerNorm, MLP and the two kinds of decoder layer."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,14 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from perceiver_ar_jax.config import PerceiverARConfig
-from perceiver_ar_jax.model.attention import Attention, Dropout, Visibility, attend, merge
+from perceiver_ar_jax.model.attention import (
+    Attention,
+    Dropout,
+    Visibility,
+    attend,
+    attention_weights,
+    merge,
+)
 from perceiver_ar_jax.model.cache import KeysValues, LayerCache
 from perceiver_ar_jax.model.decoding_params import DecodingKernel
 from perceiver_ar_jax.model.positions import Rotation, rotate
@@ -174,6 +182,17 @@ class MultiHeadAttention(nn.Module):
             max_heads=self.max_heads_parallel,
             over_context=not visibility.causal,
         )
+
+    def weights(
+        self,
+        x_BLD: jax.Array,
+        rotation: Rotation | None,
+        visible: Visibility,
+        before: Sequence[tuple[jax.Array, Visibility]] = (),
+    ) -> jax.Array:
+        """What latents read of the keys before them and of each other: (B, N, L, K) float32."""
+        k_BLNH = self.keys_values(x_BLD, rotation).k
+        return attention_weights(self.queries(x_BLD, rotation), [*before, (k_BLNH, visible)])
 
     def weights_dropout(self, deterministic: bool) -> Dropout | None:
         """A new draw of what is dropped of the attention weights."""

@@ -117,6 +117,60 @@ class PerceiverAR(nn.Module):
         logits = self.token_embedding.products(hidden)
         return logits + self.output_bias if self.config.output_bias else logits
 
+    def hidden_states(
+        self,
+        tokens_BS: jax.Array,
+        prefix_len: int,
+        pad_mask: jax.Array | None = None,
+        *,
+        segment_ids: jax.Array | None = None,
+    ) -> tuple[jax.Array, ...]:
+        """The latents as embedded and after each layer, (B, L, D) float32; args as in `__call__`.
+
+        The hybrid layer's output is the second. The last one has not been through the final norm
+        that `output_norm` adds; `hidden` gives what the head reads.
+        """
+        inputs = Inputs.of(tokens_BS, pad_mask, segment_ids)
+        x_BLD, rotation_BL, visible = self._first_layer(inputs, prefix_len, 1, True)
+        states = [self._embed(inputs.split(prefix_len)[1]), x_BLD]
+        for index, layer in enumerate(self.self_attention):
+            x_BLD, _ = layer(x_BLD, self._rotation_of(index, rotation_BL), visible)
+            states.append(x_BLD)
+        return tuple(states)
+
+    def attention_maps(
+        self,
+        tokens_BS: jax.Array,
+        prefix_len: int,
+        pad_mask: jax.Array | None = None,
+        *,
+        segment_ids: jax.Array | None = None,
+    ) -> tuple[jax.Array, ...]:
+        """What each latent reads, layer by layer: (B, N, L, K) float32; args as in `__call__`.
+
+        In the hybrid layer K is S, prefix and latents; in all others it is L. The weights of a head
+        sum to 1 over K; a latent that is a pad may see nothing and then has 0. The first map takes
+        4·B·N·L·S bytes, and the keys of a prefix are made at once even where `prefix_chunk` is set.
+        """
+        latents_BLD, *states = self.hidden_states(
+            tokens_BS, prefix_len, pad_mask, segment_ids=segment_ids
+        )
+        prefix, latents = Inputs.of(tokens_BS, pad_mask, segment_ids).split(prefix_len)
+        rotation_BL = rotation(latents.positions_BS, self.config)
+        visible = latents.visible_from(latents, causal=True)
+        layer, before = self.cross_attention, []
+        if prefix_len:
+            rotation_BP = rotation(prefix.positions_BS, self.config)
+            kv_prefix = layer.prefix_keys_values(self._embed(prefix), rotation_BP)
+            before = [(kv_prefix.k, prefix.visible_from(latents, causal=False))]
+        normed_BLD = layer.q_norm(latents_BLD)
+        maps = [layer.attention.weights(normed_BLD, rotation_BL, visible, before)]
+        for index, layer in enumerate(self.self_attention):
+            normed_BLD = layer.norm(states[index])
+            rotation_of_layer = self._rotation_of(index, rotation_BL)
+            maps.append(layer.attention.weights(normed_BLD, rotation_of_layer, visible))
+        return tuple(maps)
+
     def prefill(
         self, tokens_BS: jax.Array, prefix_len: int, pad_mask: jax.Array | None = None
     ) -> tuple[jax.Array, Cache]:

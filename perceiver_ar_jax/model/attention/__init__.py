@@ -15,6 +15,7 @@ from perceiver_ar_jax.model.attention.dispatch import attend, implementation_for
 from perceiver_ar_jax.model.attention.dropout import Dropout
 from perceiver_ar_jax.model.attention.merge import Attention, attend_to_nothing, merge
 from perceiver_ar_jax.model.attention.visibility import MASK_VALUE, Visibility
+from perceiver_ar_jax.model.attention.weights import attention_weights
 
 __all__ = [
     "MASK_VALUE",
@@ -23,6 +24,7 @@ __all__ = [
     "Visibility",
     "attend",
     "attend_to_nothing",
+    "attention_weights",
     "implementation_for",
     "merge",
 ]
