@@ -2,8 +2,9 @@
 
     python tools/storage_server.py DIR --latency_ms=50 --megabytes_per_sec=500
 
-Serves the folders in DIR as buckets, for a `gcsfs.core.GCSFileSystem(token="anon")` with
-STORAGE_EMULATOR_HOST set to the address that it prints; TensorStore takes TENSORSTORE_GCS_HTTP_URL.
+Serves the folders in DIR as buckets. It prints its address; our programs read from it with
+STORAGE_EMULATOR_HOST=ADDRESS FSSPEC_GCS_TOKEN=anon GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT=false (the
+last keeps gcsfs from a gRPC service that is not there), TensorStore with TENSORSTORE_GCS_HTTP_URL.
 It knows of the JSON API: metadata, listings, downloads, whole or of ranges, uploads,
 copies, moves and deletions, and the condition that an object has a given generation.
 """

@@ -1,5 +1,6 @@
 """Reads by threads what will be needed soon."""
 
+import sys
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any
@@ -31,7 +32,8 @@ class ReadAhead:
 
     def close(self) -> None:
         """Gives up what has not begun, and waits for what has."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        if not sys.is_finalizing():  # then the pool has ended already
+            self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 def read_in_order(read: Callable[[int], Any], count: int) -> Iterator[Any]:
