@@ -1,9 +1,10 @@
 """What checkpoints cost: checksums per GB, and saving and restoring the state of a model.
 
-python benchmarks/checkpoints.py [--rounds=3]
+python benchmarks/checkpoints.py [--rounds=3] [--bucket=gs://bucket/folder]
 
 Prints JSON: medians of wall-clock seconds, each beside a plain zlib.crc32 and a plain write of as
-many bytes in the same minute. The state is that of bytes_small with AdamW, 367 MB.
+many bytes to the local disk in the same minute. The state, 367 MB, is that of bytes_small with
+AdamW. With --bucket, checkpoints go there; tools/storage_server.py imitates one.
 """
 
 import argparse
@@ -30,7 +31,8 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--bucket", help="a folder in a bucket, for instance gs://bucket/folder")
+    args = parser.parse_args()
     model = PerceiverAR(PerceiverARConfig.bytes_small())
     create = functools.partial(TrainState.create, tx=make_optimizer(OptimizerConfig()))
     state = jax.jit(lambda: create(params=init_params(model, jax.random.key(0))))()
@@ -39,15 +41,18 @@ def main() -> None:
     seconds = {
         name: [] for name in ("checksums", "crc32", "save_blocks", "save", "restore", "write")
     }
-    for _ in range(rounds):
+    for number in range(args.rounds):
         with tempfile.TemporaryDirectory() as folder:
-            measure(state, Path(folder), seconds)
+            checkpoints = f"{args.bucket}/{number}" if args.bucket else f"{folder}/checkpoints"
+            measure(state, checkpoints, Path(folder), seconds)
     medians = {name: round(statistics.median(times), 3) for name, times in seconds.items()}
     per_gb = {name: round(medians[name] / (num_bytes / 1e9), 3) for name in ("checksums", "crc32")}
     print(json.dumps({"bytes": num_bytes, "seconds": medians, "seconds_per_gb": per_gb}, indent=2))
 
 
-def measure(state: TrainState, folder: Path, seconds: dict[str, list[float]]) -> None:
+def measure(
+    state: TrainState, checkpoints: str, folder: Path, seconds: dict[str, list[float]]
+) -> None:
     """One round; adds its times."""
 
     def timed(name, function):
@@ -59,7 +64,7 @@ def measure(state: TrainState, folder: Path, seconds: dict[str, list[float]]) ->
     leaves = [np.asarray(leaf).reshape(-1).view(np.uint8) for leaf in jax.tree.leaves(state)]
     timed("checksums", lambda: checksums(state))
     timed("crc32", lambda: [zlib.crc32(leaf) for leaf in leaves])
-    checkpointer = Checkpointer(folder / "checkpoints")
+    checkpointer = Checkpointer(checkpoints)
     start = time.perf_counter()
     timed("save_blocks", lambda: checkpointer.save(state, {}))
     checkpointer.wait()
