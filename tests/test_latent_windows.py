@@ -5,6 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from float64_model import float64_logits
 from sharded_training import mesh_of
 from small_models import left_pads, quick_jit, random_params, random_tokens, small_config
 
@@ -78,6 +79,47 @@ def test_windows_sum_to_what_each_gives_alone(changes, prefix_len, segment_ids, 
     weights_BL = batch.latent_weights(prefix_len)
     actual = loss_and_gradients(config, prefix_len, batch, weights_BL)
     assert_close(actual, one_by_one(config, prefix_len, batch))
+
+
+@pytest.mark.parametrize("pads", list(PADS)[:2])
+def test_loss_and_gradients_are_those_of_separate_windows_in_float64(pads):
+    batch, params = batch_of(17, PADS[pads], None), jax.device_get(random_params(CONFIG))
+    weights_BL = batch.latent_weights(5)
+    loss, gradients = loss_and_gradients(CONFIG, 5, batch, weights_BL)
+    params = jax.tree.map(np.float64, params)
+    np.testing.assert_allclose(loss, float64_loss(params, batch, weights_BL), rtol=1e-6)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(gradients))
+    rng = np.random.default_rng(0)
+    leaves, tree = jax.tree.flatten(params)
+    for index, gradient in enumerate(jax.tree.leaves(gradients)):
+        direction = rng.standard_normal(gradient.shape) / gradient.size**0.5
+        along = [
+            float64_loss(
+                jax.tree.unflatten(tree, [*leaves[:index], leaf, *leaves[index + 1 :]]),
+                batch,
+                weights_BL,
+            )
+            for leaf in (leaves[index] + 1e-5 * direction, leaves[index] - 1e-5 * direction)
+        ]
+        expected = (along[0] - along[1]) / 2e-5
+        np.testing.assert_allclose(
+            np.vdot(gradient, direction), expected, rtol=1e-5, atol=1e-5 * largest
+        )
+
+
+def float64_loss(params, batch, weights_BL):
+    """The sum of the windows' losses, each window's logits from NumPy's own model."""
+    total = 0.0
+    for window in range(W):
+        end = 5 + (window + 1) * L
+        logits_BLV = float64_logits(
+            params, CONFIG, batch.tokens[:, :end], end - L, batch.pad_mask[:, :end]
+        )
+        log_probs_BLV = logits_BLV - np.logaddexp.reduce(logits_BLV, -1, keepdims=True)
+        targets_BL = batch.targets[:, end - L : end]
+        nats_BL = -np.take_along_axis(log_probs_BLV, targets_BL[..., None], -1)[..., 0]
+        total += (weights_BL[:, window * L : (window + 1) * L] * nats_BL).sum()
+    return total
 
 
 def test_windows_on_a_mesh_give_the_same():
