@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,16 +18,16 @@ from typing import Any
 import jax
 from etils import epath
 
-from perceiver_ar_jax import text_generation
+from perceiver_ar_jax import publishing, text_generation
 from perceiver_ar_jax._version import __version__
 from perceiver_ar_jax.config import PerceiverARConfig
 from perceiver_ar_jax.model import PerceiverAR, init_params, prepare_for_decoding
-from perceiver_ar_jax.model.decoding_params import check_weights
+from perceiver_ar_jax.model.decoding_params import DecodingKernel, check_weights
 
 CONFIG_FILE, TOKENIZER_FOLDER, CHECKPOINTS_FOLDER = "config.json", "tokenizer", "checkpoints"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Pretrained:
     """A model and its parameters, ready for `model.apply`, `generate` and `generate_text`."""
 
@@ -36,6 +37,16 @@ class Pretrained:
     tokenizer: Any  # None if the checkpoint has none
     step: int  # steps trained; 0 for a converted model
     respect_documents: bool = False  # trained with attention that stays inside a document
+
+    def __repr__(self) -> str:
+        """On one line; the dataclass's own would print every parameter."""
+        config, tokenizer = self.config, self.tokenizer
+        size = sum(x.size for x in jax.tree.leaves(self.params))
+        return (
+            f"Pretrained({size:,} parameters, max_seq_len={config.max_seq_len}, "
+            f"max_latents={config.max_latents}, vocab_size={config.vocab_size}, "
+            f"tokenizer={tokenizer and type(tokenizer).__name__}, step={self.step})"
+        )
 
     def generate_text(self, prompts: Sequence[str], **options) -> list[str]:
         """What follows each prompt, up to the end of text; prompt + continuation is the whole.
@@ -80,6 +91,71 @@ class Pretrained:
             on_first_token=on_first_token,
             **options,
         )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes a folder that `load_pretrained` and every command with --model reads, at step 0.
+
+        Raises:
+          ValueError: the weights were prepared for decoding, or the folder has a model already.
+        """
+        self._check_weights_as_trained("saved")
+        folder = Path(folder)
+        if (folder / CONFIG_FILE).exists():
+            raise ValueError(f"{folder} has a {CONFIG_FILE} already: name another folder")
+        with tempfile.TemporaryDirectory() as files:
+            save_pretrained(
+                folder,
+                self.config,
+                self.params,
+                tokenizer_files=[self.tokenizer.save(files)] if self.tokenizer else [],
+                respect_documents=self.respect_documents,
+            )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        license: str | None = None,
+        evaluation: Mapping[str, float] | None = None,
+        private: bool = False,
+        token: str | None = None,
+    ) -> str:
+        """Uploads model, tokenizer and a model card to the Hugging Face hub; needs [hub].
+
+        The files are perceiver-io's format, which `load_pretrained(repo_id)` and perceiver-io read.
+        A repository that does not exist is made; a card that it has already is kept.
+
+        Args:
+          repo_id: owner/name.
+          license: an identifier such as "apache-2.0" for the card; None states none.
+          evaluation: figures for the card, such as {"bits per byte, WikiText-2 test": 1.53}.
+          private: whether a repository that is made is private.
+          token: one that may write; None takes that of `hf auth login`.
+
+        Returns:
+          The address of the repository.
+
+        Raises:
+          ValueError: huggingface_hub is not installed, the weights were prepared for decoding, or
+            the hub refuses.
+        """
+        self._check_weights_as_trained("pushed")
+        model = {"params": self.params, "config": self.config, "tokenizer": self.tokenizer}
+        card = publishing.model_card(
+            repo_id,
+            **model,
+            step=self.step,
+            respect_documents=self.respect_documents,
+            license=license,
+            evaluation=evaluation,
+        )
+        return publishing.push_to_hub(repo_id, **model, card=card, private=private, token=token)
+
+    def _check_weights_as_trained(self, done: str) -> None:
+        if isinstance(self.params["token_embedding"]["embedding"], DecodingKernel):
+            raise ValueError(
+                f"weights prepared for decoding cannot be {done}: load_pretrained without `weights`"
+            )
 
 
 def load_pretrained(

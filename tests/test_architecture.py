@@ -23,7 +23,7 @@ FLOORS = (
     {"command_line", "convert", "preemption", "presets", "run_config"},
     {"evaluation", "self_check"},
     {"lease", "pretrained"},
-    {"text_generation"},
+    {"publishing", "text_generation"},
     {"generation", "data", "training", "conversion"},
     {"model", "tokenizers"},
     {"config", "parallel", "_version"},

@@ -22,6 +22,10 @@ class Tokenizer(Protocol):
     cleans_up: bool = False  # `decode` removes the blanks before English punctuation
     byte_ids: frozenset[int] = frozenset()  # a run of these ids decodes only as a whole
 
+    def __call__(self, text: str | Iterable[str]) -> list[int] | list[list[int]]:
+        """The ids of a text, or of each of several."""
+        return self.encode(text) if isinstance(text, str) else self.encode_batch(text)
+
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone, no special ones added."""
         ...
