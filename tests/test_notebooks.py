@@ -2,11 +2,15 @@
 
 import importlib.util
 import os
+import re
+import subprocess
+import sys
+import types
 
 import pytest
 from conftest import ROOT, WITHOUT_REFERENCE
 
-NOTEBOOKS = ["sampling.ipynb", "convert.ipynb"]
+NOTEBOOKS = ["sampling.ipynb", "training.ipynb", "long_context.ipynb", "convert.ipynb"]
 
 
 def read_notebook(name: str):
@@ -23,6 +27,30 @@ def test_a_committed_notebook_shows_its_outputs_and_no_errors(name):
     assert len(outputs) >= len(code_cells) // 2
     assert not [output for output in outputs if output.output_type == "error"]
     assert not [output for output in outputs if output.get("name") == "stderr"]
+
+
+def test_these_are_all_notebooks():
+    assert sorted(NOTEBOOKS) == sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_the_first_cell_installs_in_colab_and_nowhere_else(name, monkeypatch, capsys):
+    """A stand-in of Colab: its module is there, our package is not, and pip only takes notes."""
+    cell = next(cell for cell in read_notebook(name).cells if cell.cell_type == "code").source
+    calls = []
+    monkeypatch.setattr(subprocess, "run", lambda command, check: calls.append(command))
+    exec(cell, {})
+    assert (calls, capsys.readouterr().out) == ([], "")
+    monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
+    exec(cell, {})
+    assert calls == []  # installed already, as after the restart
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    address = "https://example.com/owner/name"
+    exec(re.sub('^REPOSITORY = "[^"]*"', f'REPOSITORY = "{address}"', cell, flags=re.M), {})
+    assert [command[-1] for command in calls] == [f"perceiver-ar-jax @ git+{address}"]
+    assert "Restart session" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="give the address of the repository"):
+        exec(re.sub('^REPOSITORY = "[^"]*"', 'REPOSITORY = ""', cell, flags=re.M), {})
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

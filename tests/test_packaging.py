@@ -2,6 +2,8 @@
 
 import os
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -74,6 +76,45 @@ def test_the_sdist_holds_what_a_clone_does(built):
 def test_the_readme_renders_on_pypi(built):
     done = run(sys.executable, "-m", "twine", "check", "--strict", *built.iterdir(), cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_repositorys_address_is_written_where_it_belongs(tmp_path, monkeypatch):
+    """In a copy: the first address is replaced by the second, and README's links lead there."""
+    nbformat = pytest.importorskip("nbformat", reason="needs the [test] extra")
+    names = ["setup.cfg", "setup.py", "README.md", "CITATION.cff", "CONTRIBUTING.md"]
+    names += ["perceiver_ar_jax/_version.py", "tools/set_repository.py"]
+    names += [f"notebooks/{path.name}" for path in (ROOT / "notebooks").glob("*.ipynb")]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    refused = run(sys.executable, "tools/set_repository.py", "example.com/x", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("set_repository.py: 'example.com/x' is not the address of")
+    for owner in ("first", "second"):
+        address = f"https://github.com/{owner}/name"
+        done = run(sys.executable, "tools/set_repository.py", address, cwd=tmp_path)
+        assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    texts = {name: (tmp_path / name).read_text() for name in names}
+    assert not [name for name, text in texts.items() if "first/name" in text]
+    assert texts["setup.cfg"].count("    Repository = https://github.com/second/name\n") == 1
+    assert texts["CITATION.cff"].count("repository-code: https://github.com/second/name\n") == 1
+    assert "    git clone https://github.com/second/name && cd" in texts["CONTRIBUTING.md"]
+    for name in (name for name in names if name.endswith(".ipynb")):
+        notebook = nbformat.reads(texts[name], as_version=4)
+        title, install = notebook.cells[:2]
+        link = f"https://colab.research.google.com/github/second/name/blob/main/{name}"
+        assert title.source.count(f"colab-badge.svg)]({link})") == 1
+        assert title.source.startswith("# ")
+        assert '\nREPOSITORY = "https://github.com/second/name"  #' in install.source
+
+    given = {}
+    monkeypatch.setattr("setuptools.setup", given.update)
+    runpy.run_path(str(tmp_path / "setup.py"))
+    links = re.findall(r"\]\(([^)#][^)]*)\)", given["long_description"])
+    assert links and not [link for link in links if not link.startswith("https://")]
+    pages = f"https://github.com/second/name/blob/v{__version__}"
+    assert f"[LICENSE]({pages}/LICENSE)" in given["long_description"]
+    assert "](https://github.com/second/name/raw/v" in given["long_description"]
 
 
 def test_an_installed_wheel_runs_commands_and_finds_presets(wheel, tmp_path):
