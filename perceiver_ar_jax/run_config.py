@@ -15,6 +15,7 @@ from perceiver_ar_jax.config import PerceiverARConfig
 from perceiver_ar_jax.data import DataConfig
 from perceiver_ar_jax.parallel import MeshConfig
 from perceiver_ar_jax.training import OptimizerConfig
+from perceiver_ar_jax.training.trackers import tracker_names
 
 AT_LEAST = {
     "seed": 0,
@@ -104,6 +105,8 @@ class RunConfig:
     ema_decay: float = 0.0  # above 0: evaluate a moving average of the weights
     init_from: str = ""  # weights to begin with: a workdir, a converted or a PyTorch checkpoint
     resume_from: str = ""  # another run's workdir, to continue in this one
+    trackers: str = ""  # wandb, trackio or both, with a comma: they get what metrics.jsonl gets
+    project: str = "perceiver-ar-jax"  # under which trackers file the run
     compilation_cache: str = ""  # a folder that lets the next start skip the compiler
     lost_after: float = 60.0  # seconds without a sign of life of a host; the others then exit
     model: PerceiverARConfig = dataclasses.field(default_factory=PerceiverARConfig)
@@ -197,6 +200,10 @@ class RunConfig:
             yield f"ema_decay must be from 0 to below 1, not {self.ema_decay}"
         if not 1 <= self.lost_after < 100:  # then JAX aborts by itself
             yield f"lost_after must be from 1 to below 100 seconds, not {self.lost_after}"
+        try:
+            tracker_names(self.trackers)
+        except ValueError as error:
+            yield str(error)
         if self.init_from and self.resume_from:
             yield "init_from and resume_from exclude each other"
         if self.sample.num_latents > self.model.max_latents:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ from perceiver_ar_jax.training.checkpoint import Checkpointer
 from perceiver_ar_jax.training.goodput import Goodput
 from perceiver_ar_jax.training.report import NonFiniteError, Report
 from perceiver_ar_jax.training.timeline import Timeline
+from perceiver_ar_jax.training.trackers import Tracker, check_installed, tracker_names
 from perceiver_ar_jax.workdir import changed_settings, claimed, write_run
 
 DONE, NON_FINITE = 0, 3
@@ -84,6 +86,7 @@ def _run(run: RunConfig, workdir: epath.Path, *, dry_run: bool) -> int:
     join_processes(lost_after=run.lost_after)
     facts = {"config": _sha256(run.to_dict()), "tokenizer": tokenizer.sha256}
     check_agreement({"version": __version__, **facts})
+    on_first(lambda: check_installed(tracker_names(run.trackers)))
     if run.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", run.compilation_cache)
     mesh = make_mesh(run.mesh, num_channels=run.model.num_channels)
@@ -119,6 +122,8 @@ def _run(run: RunConfig, workdir: epath.Path, *, dry_run: bool) -> int:
         if is_resumed:
             checkpointer.put_aside_after(step)
         on_first(lambda: write_run(workdir, run.model, tokenizer, run.to_dict()))
+        trackers: list[Tracker] = []
+        on_first(lambda: trackers.extend(_trackers(run, workdir)))
         loop = _Loop(
             run=run,
             mesh=mesh,
@@ -127,7 +132,7 @@ def _run(run: RunConfig, workdir: epath.Path, *, dry_run: bool) -> int:
             eval_batches=eval_batches,
             sampler=sampler,
             checkpointer=checkpointer,
-            report=_report(run, mesh, workdir, timeline, step, productive),
+            report=_report(run, mesh, workdir, timeline, step, productive, trackers),
             saved=step if is_resumed else 0,
             profile_dir=workdir / "profile",
         )
@@ -315,6 +320,12 @@ def _place_loader(run: RunConfig, loader: data.Loader, state: dict[str, Any]) ->
     loader.set_state(state, allow_other_data=run.data.allow_change)
 
 
+def _trackers(run: RunConfig, workdir: epath.Path) -> Iterator[Tracker]:
+    settings = run.to_dict()
+    for name in tracker_names(run.trackers):
+        yield Tracker(name, workdir, project=run.project, settings=settings)
+
+
 def _report(
     run: RunConfig,
     mesh: jax.sharding.Mesh,
@@ -322,6 +333,7 @@ def _report(
     timeline: Timeline,
     step: int,
     productive: float,
+    trackers: Sequence[Tracker],
 ) -> Report:
     chip = chip_of(jax.devices()[0].device_kind)
     flops = training_flops(run.model, run.prefix_len, run.model.max_latents, run.latent_windows)
@@ -336,6 +348,7 @@ def _report(
         goodput=Goodput(goodput_file, timeline, step=step, productive=productive),
         flops_per_step=run.batch_size * flops / mesh.size,
         peak_flops=chip and chip.peak_flops,
+        trackers=trackers,
         is_silent=not is_first(),
     )
 

@@ -42,7 +42,7 @@ LIBRARIES = {  # third parties with one home each
     "starlette": {"serving"},
     "uvicorn": {"serving"},
 }
-LAZY = ("torch", "tensorflow", "tensorflow_datasets", "transformers", "huggingface_hub")
+LAZY = ("torch", "tensorflow", "tensorflow_datasets", "transformers", "huggingface_hub", "wandb")
 
 
 def imports(path: Path, *, lazy: bool = True) -> set[str]:

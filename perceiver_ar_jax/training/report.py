@@ -1,7 +1,7 @@
 """What a run reports: losses and speeds per window of steps, evaluations, samples."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from perceiver_ar_jax.training.goodput import Goodput
 from perceiver_ar_jax.training.metrics import MetricsWriter, Progress, Silent
 from perceiver_ar_jax.training.optimizer import OptimizerConfig, learning_rate_at
 from perceiver_ar_jax.training.timeline import EVALUATION, SAVE, START, STEPS, Timeline
+from perceiver_ar_jax.training.trackers import Tracker
 
 
 class NonFiniteError(Exception):
@@ -34,6 +35,7 @@ class Report:
       goodput: adds up the time of steps.
       flops_per_step: of each device, by formula.
       peak_flops: of each device per second; None where it is not known.
+      trackers: that are given what metrics.jsonl is given.
       is_silent: whether nothing is written or printed, as in all processes but the first.
     """
 
@@ -49,6 +51,7 @@ class Report:
         goodput: Goodput,
         flops_per_step: float,
         peak_flops: float | None,
+        trackers: Sequence[Tracker] = (),
         is_silent: bool = False,
     ):
         self._workdir, self._log_every, self._total_steps = workdir, log_every, total_steps
@@ -56,7 +59,7 @@ class Report:
         self._optimizer = optimizer
         self._flops_per_step, self._peak_flops = flops_per_step, peak_flops
         self._is_silent = is_silent
-        self._writer = Silent() if is_silent else MetricsWriter(workdir)
+        self._writers = [] if is_silent else [MetricsWriter(workdir), *trackers]
         self._progress = Silent() if is_silent else Progress(step, total_steps)
         self._step, self._last = step, None
         self._start_window()
@@ -120,7 +123,7 @@ class Report:
             line["perf/mfu"] = flops_per_second / self._peak_flops
         if "skipped" in values:
             line["optim/skipped_steps"] = values["skipped"]
-        self._writer.write(step, line | self.goodput.metrics(step))
+        self._write(step, line | self.goodput.metrics(step))
         self._progress.took(steps, seconds)
         loss = f"loss {line['train/loss']:.3f}"
         self._progress.update(step, f"{loss}  {trained_per_second:,.0f} trained tokens/s")
@@ -130,7 +133,7 @@ class Report:
         """Writes the result of an evaluation, which began with the last step read."""
         seconds = self._timeline.spend(EVALUATION)
         line = {"eval/loss": loss, "eval/bits_per_byte": bits_per_byte}
-        self._writer.write(step, line | {"perf/eval_seconds": seconds})
+        self._write(step, line | {"perf/eval_seconds": seconds})
         self._progress.update(step, f"eval {loss:.3f} nats, {bits_per_byte:.3f} bits/byte")
 
     def sample(self, step: int, text: str) -> None:
@@ -139,7 +142,8 @@ class Report:
             folder = self._workdir / "samples"
             folder.mkdir(exist_ok=True)
             (folder / f"{step:08d}.txt").write_text(text + "\n", encoding="utf-8")
-        self._writer.write_text(step, "sample", text)
+        for writer in self._writers:
+            writer.write_text(step, "sample", text)
         self._progress.print(f"sample at step {step}:\n{text}")
         self._timeline.spend(EVALUATION)
 
@@ -154,9 +158,14 @@ class Report:
     def close(self) -> None:
         """Closes files and the live line."""
         self._progress.close()
-        self._writer.close()
+        for writer in self._writers:
+            writer.close()
         self._timeline.spend(SAVE)
         self.goodput.metrics(self._step)
+
+    def _write(self, step, line):
+        for writer in self._writers:
+            writer.write(step, line)
 
     def _start_window(self):
         self._seconds = self._waited = 0.0
