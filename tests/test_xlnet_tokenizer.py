@@ -196,3 +196,10 @@ def test_time_is_linear_in_the_length_of_a_word(tokenizer):
     tokenizer.encode("ab" * 100_000)
     tokenizer.encode(" \x85" * 100_000 + "x" + "<mask>")
     assert time.process_time() - start < 5
+
+
+def test_forgotten_words_are_encoded_again(model_file, tokenizer, documents, monkeypatch):
+    monkeypatch.setattr("perceiver_ar_jax.tokenizers.xlnet.CACHED_WORDS", 3)
+    forgetful = XLNetTokenizer(model_file)
+    for text in documents[:5] * 2:
+        assert forgetful.encode(text) == tokenizer.encode(text)
