@@ -28,7 +28,7 @@ def get_config():
     config.eval_every = 1000
     config.checkpoint_every = 1000
 
-    model = PerceiverARConfig.clm_base(dtype="bfloat16", remat="names", scan_layers=True)
+    model = PerceiverARConfig.clm_base(dtype="bfloat16", remat="auto")
     config.model.update(model_settings(model))
 
     config.optimizer.learning_rate = 3e-4

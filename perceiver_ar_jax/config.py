@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-REMAT_POLICIES = ("none", "full", "names")
+REMAT_POLICIES = ("none", "full", "names", "auto")
 ATTENTION_IMPLEMENTATIONS = ("auto", "plain", "recompute", "pallas", "cudnn")
 DTYPES = ("float32", "bfloat16")
 
@@ -72,7 +72,8 @@ class PerceiverARConfig:
     )  # of weight gradients as they are summed over tokens and devices
     remat: str = _computation(
         "none", choices=REMAT_POLICIES, ours=True
-    )  # what the backward pass recomputes: nothing, everything, everything but named parts
+    )  # what the backward pass recomputes: nothing, everything, everything but named parts; "auto":
+    # as suits the chip, see parallel/chips.py
     scan_layers: bool = _computation(False, ours=True)  # one compiled body for all layers (TPU)
     attention: str = _computation(
         "auto", choices=ATTENTION_IMPLEMENTATIONS, ours=True

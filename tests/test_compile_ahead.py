@@ -20,6 +20,7 @@ from compiled_step import (
 from xla_dump import Collective, Kernel, Program
 
 from perceiver_ar_jax import PerceiverAR, PerceiverARConfig
+from perceiver_ar_jax.lowering import lower_train_step
 from perceiver_ar_jax.model import init_params
 from perceiver_ar_jax.model.attention import Visibility, pallas
 from perceiver_ar_jax.model.flops import training_flops
@@ -152,6 +153,23 @@ def test_what_context_devices_exchange_hardly_grows_with_the_prefix():
 
     one_sequence = 16 // 4 * 8192 * SMALL.num_channels * 2  # bytes in bf16, on one device
     assert exchanged(8192) - exchanged(128) < one_sequence
+
+
+def test_remat_auto_is_what_suits_the_chip():
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs `pip install libtpu`")
+
+    def lowered(devices, remat):
+        run = RunConfig(
+            model=SMALL.replace(remat=remat, scan_layers=False),
+            batch_size=4,
+            data=DataSettings(source="none"),
+        )
+        return lower_train_step(run, make_mesh(MeshConfig(), devices[:1])).as_text()
+
+    for devices, suits in ((topology_devices("v5e:2x2"), "none"), (jax.devices("cpu"), "names")):
+        texts = {remat: lowered(devices, remat) for remat in ("auto", "none", "names")}
+        assert texts["none"] != texts["names"]
+        assert texts["auto"] == texts[suits]
 
 
 @pytest.mark.slow

@@ -60,7 +60,7 @@ def test_all_problems_come_in_one_message():
         "num_heads must be a whole number of at least 1, not 2.0; "
         "residual_dropout must be a number between 0 and 1, not 1.5; "
         "init_scale must be a finite number of at least 0, not -1.0; "
-        "remat must be one of none, full, names, not 'some'"
+        "remat must be one of none, full, names, auto, not 'some'"
     )
 
 
@@ -137,7 +137,7 @@ def test_half_of_the_channels_rotate_with_absolute_positions_rounded_up_to_pairs
 
 def test_c4_base_is_clm_base():
     config = RunConfig.from_config(preset("c4_base"))
-    clm_base = PerceiverARConfig.clm_base(dtype="bfloat16", remat="names", scan_layers=True)
+    clm_base = PerceiverARConfig.clm_base(dtype="bfloat16", remat="auto")
     assert config.model == clm_base
     assert config.batch_size * config.steps * clm_base.max_latents == 52_428_800_000
 

@@ -15,7 +15,7 @@ from perceiver_ar_jax.model.layers import (
 )
 from perceiver_ar_jax.model.positions import rotation
 from perceiver_ar_jax.model.streamed_prefix import PrefixParams
-from perceiver_ar_jax.parallel import has_context
+from perceiver_ar_jax.parallel import has_context, remat_in_use
 
 # What each kind of remat keeps for the backward pass. "names": results of matmuls, but no attention
 # weights. Attention to a streamed prefix is never computed twice: it costs a pass over the prefix.
@@ -431,7 +431,8 @@ def _scan(decoder, layers, x_BLD, rotation_BL, key, config):
 
 
 def _remat(transform, function, config):
-    if config.remat == "none":
+    remat = remat_in_use(config.remat)
+    if remat == "none":
         return function
-    policy = jax.checkpoint_policies.save_only_these_names(*KEPT_NAMES[config.remat])
+    policy = jax.checkpoint_policies.save_only_these_names(*KEPT_NAMES[remat])
     return transform(function, policy=policy, prevent_cse=not config.scan_layers)

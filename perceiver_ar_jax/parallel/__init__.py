@@ -1,3 +1,4 @@
+from perceiver_ar_jax.parallel.chips import remat_in_use
 from perceiver_ar_jax.parallel.mesh import (
     CONTEXT,
     MeshConfig,
@@ -51,6 +52,7 @@ __all__ = [
     "on_own_rows",
     "one_at_a_time",
     "platform_in_use",
+    "remat_in_use",
     "replicated",
     "shardings_by_path",
     "to_global",

@@ -173,6 +173,12 @@ def platform_in_use() -> str:
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
+def device_kind_in_use() -> str:
+    """What the devices of the mesh in use call themselves, otherwise those of this process."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.devices()[0].device_kind if mesh.empty else mesh.abstract_device.device_kind
+
+
 def _are_names(x: Any) -> bool:
     return type(x) is tuple and all(name is None or name in LOGICAL_RULES for name in x)
 

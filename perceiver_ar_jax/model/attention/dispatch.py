@@ -7,7 +7,7 @@ from perceiver_ar_jax.config import PerceiverARConfig
 from perceiver_ar_jax.model.attention import cudnn, pallas, plain, recompute
 from perceiver_ar_jax.model.attention.dropout import Dropout
 from perceiver_ar_jax.model.attention.visibility import Visibility
-from perceiver_ar_jax.parallel import CONTEXT, has_context, platform_in_use
+from perceiver_ar_jax.parallel import CONTEXT, has_context, platform_in_use, remat_in_use
 
 IMPLEMENTATIONS = {
     "plain": plain.attend,
@@ -38,7 +38,7 @@ def implementation_for(
     """
     name = config.attention
     if name == "auto":
-        recomputes = spread_over_context or config.remat != "none"
+        recomputes = spread_over_context or remat_in_use(config.remat) != "none"
         name = ON_PLATFORM.get(platform, "recompute" if recomputes else "plain")
     if name not in FUSED:
         return name

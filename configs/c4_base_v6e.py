@@ -1,0 +1,22 @@
+"""c4_base's shape with heads as wide as v6e's matrix units: another model, with heads of its own.
+
+Command:   python train.py --config=configs/c4_base_v6e.py --workdir=gs://BUCKET/c4_base_v6e
+             with data and tokenizer as for c4_base
+Hardware:  64 TPU v6e chips
+Memory:    6.9 GiB per chip, by tools/compile_ahead.py --topology=v6e:8x8
+Expected:  not yet run; no figure is published for it
+
+As c4_base, but 5 heads of 256 channels instead of 10 of 128: as many parameters, other weights, so
+it starts from scratch and nothing that was converted fits. Matrix units of v6e are 256 wide, twice
+those of earlier TPUs, and a product over 128 channels leaves half of one idle. Four microbatches:
+with all rows at once, activations pass through memory more often (docs/performance.md).
+"""
+
+from perceiver_ar_jax.presets import preset
+
+
+def get_config():
+    config = preset("c4_base")
+    config.model.num_heads = 5
+    config.microbatches = 4
+    return config
