@@ -58,14 +58,14 @@ def forward(
     # Keys are the innermost loop: the sums over them stay in VMEM.
     specs = _Specs(call, query_axis=2, key_axis=3)
     shape_BN = call.batch, call.heads
-    out_BNLH, lse_BN1L = pl.pallas_call(
+    out_BLD, lse_BN1L = pl.pallas_call(
         functools.partial(_forward_kernel, call=call),
         name="attention_forward",
         grid=(*shape_BN, call.query_blocks, call.key_blocks),
         in_specs=[specs.queries, specs.keys, specs.keys, *specs.ids],
         out_specs=[specs.queries, specs.statistics],
         out_shape=[
-            jax.ShapeDtypeStruct((*shape_BN, call.padded_queries, call.width), q_BLNH.dtype),
+            call.like_queries(q_BLNH.dtype),
             jax.ShapeDtypeStruct((*shape_BN, 1, call.padded_queries), jnp.float32),
         ],
         scratch_shapes=[
@@ -79,7 +79,7 @@ def forward(
         ),
         interpret=call.interpret,
     )(*arrays)
-    return call.unpadded(out_BNLH, q_BLNH), lse_BN1L[:, :, 0, : call.num_queries]
+    return call.unpadded(out_BLD, q_BLNH), lse_BN1L[:, :, 0, : call.num_queries]
 
 
 def backward(
@@ -104,13 +104,12 @@ def backward(
     arrays += [call.padded_statistics(x_BNL) for x_BNL in (lse_BNL, sums_BNL)]
     arrays += call.ids(visibility)
     specs = _Specs(call, query_axis=3, key_axis=2)
-    shape_BN = call.batch, call.heads
     f32 = functools.partial(pltpu.VMEM, dtype=jnp.float32)
     shape_KH = call.blocks.keys, call.width
-    dq_BNLH, dk_BNKH, dv_BNKH = pl.pallas_call(
+    dq_BLD, dk_BKD, dv_BKD = pl.pallas_call(
         functools.partial(_backward_kernel, call=call),
         name="attention_backward",
-        grid=(*shape_BN, call.key_blocks, call.query_blocks),
+        grid=(call.batch, call.heads, call.key_blocks, call.query_blocks),
         in_specs=[
             specs.queries,
             specs.keys,
@@ -122,9 +121,9 @@ def backward(
         ],
         out_specs=[specs.all_queries, specs.keys, specs.keys],
         out_shape=[
-            jax.ShapeDtypeStruct((*shape_BN, call.padded_queries, call.width), q_BLNH.dtype),
-            jax.ShapeDtypeStruct((*shape_BN, call.padded_keys, call.width), k_BKNH.dtype),
-            jax.ShapeDtypeStruct((*shape_BN, call.padded_keys, call.width), v_BKNH.dtype),
+            call.like_queries(q_BLNH.dtype),
+            call.like_keys(k_BKNH.dtype),
+            call.like_keys(v_BKNH.dtype),
         ],
         scratch_shapes=[
             f32((call.query_blocks, call.width, call.blocks.queries)),
@@ -141,9 +140,9 @@ def backward(
         interpret=call.interpret,
     )(*arrays)
     return (
-        call.unpadded(dq_BNLH, q_BLNH),
-        call.unpadded(dk_BNKH, k_BKNH),
-        call.unpadded(dv_BNKH, v_BKNH),
+        call.unpadded(dq_BLD, q_BLNH),
+        call.unpadded(dk_BKD, k_BKNH),
+        call.unpadded(dv_BKD, v_BKNH),
     )
 
 
@@ -221,7 +220,11 @@ def _backward_kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, sums_ref, *refs, ca
 
 
 class _Call(NamedTuple):
-    """The sizes of one call, and how arrays are laid out for it: heads before positions, padded."""
+    """The sizes of one call, and how arrays are laid out for it: (B, rows, D), both padded.
+
+    A head's channels are a column of D, as wide as the lanes, so that heads stay where projections
+    leave them and nothing is transposed.
+    """
 
     batch: int
     heads: int
@@ -274,9 +277,17 @@ class _Call(NamedTuple):
     def key_blocks(self):
         return self.padded_keys // self.blocks.keys
 
+    def like_queries(self, dtype):
+        shape_BLD = self.batch, self.padded_queries, self.heads * self.width
+        return jax.ShapeDtypeStruct(shape_BLD, dtype)
+
+    def like_keys(self, dtype):
+        shape_BKD = self.batch, self.padded_keys, self.heads * self.width
+        return jax.ShapeDtypeStruct(shape_BKD, dtype)
+
     def queries_and_keys(self, q_BLNH, k_BKNH, v_BKNH):
-        k_BNKH, v_BNKH = (self._padded(x_BKNH, self.padded_keys) for x_BKNH in (k_BKNH, v_BKNH))
-        return [self.padded_query_rows(q_BLNH), k_BNKH, v_BNKH]
+        k_BKD, v_BKD = (self._padded(x_BKNH, self.padded_keys) for x_BKNH in (k_BKNH, v_BKNH))
+        return [self.padded_query_rows(q_BLNH), k_BKD, v_BKD]
 
     def padded_query_rows(self, x_BLNH):
         return self._padded(x_BLNH, self.padded_queries)
@@ -285,13 +296,14 @@ class _Call(NamedTuple):
         rows = self.padded_queries - self.num_queries
         return jnp.pad(x_BNL, ((0, 0), (0, 0), (0, rows)))[:, :, None]
 
-    def unpadded(self, x_BNLH, like_BLNH):
-        _, num_rows, _, width = like_BLNH.shape
-        return jnp.swapaxes(x_BNLH[:, :, :num_rows, :width], 1, 2)
+    def unpadded(self, x_BLD, like_BLNH):
+        x_BLNH = x_BLD.reshape(*x_BLD.shape[:2], self.heads, self.width)
+        return x_BLNH[:, : like_BLNH.shape[1], :, : self.head_width]
 
     def _padded(self, x_BLNH, num_rows):
         rows, channels = num_rows - x_BLNH.shape[1], self.width - self.head_width
-        return jnp.pad(jnp.swapaxes(x_BLNH, 1, 2), ((0, 0), (0, 0), (0, rows), (0, channels)))
+        x_BLNH = jnp.pad(x_BLNH, ((0, 0), (0, rows), (0, 0), (0, channels)))
+        return x_BLNH.reshape(self.batch, num_rows, self.heads * self.width)
 
     def ids(self, visibility):
         """Segments of keys and of queries, (B, 1, ·), as far as something is hidden by them."""
@@ -359,12 +371,12 @@ class _Specs:
 
     def __init__(self, call, *, query_axis, key_axis):
         size, width = call.blocks, call.width
-        queries = lambda *grid: (grid[0], grid[1], grid[query_axis], 0)
-        keys = lambda *grid: (grid[0], grid[1], grid[key_axis], 0)
-        self.queries = pl.BlockSpec((None, None, size.queries, width), queries)
-        self.keys = pl.BlockSpec((None, None, size.keys, width), keys)
+        queries = lambda *grid: (grid[0], grid[query_axis], grid[1])
+        keys = lambda *grid: (grid[0], grid[key_axis], grid[1])
+        self.queries = pl.BlockSpec((None, size.queries, width), queries)
+        self.keys = pl.BlockSpec((None, size.keys, width), keys)
         self.all_queries = pl.BlockSpec(
-            (None, None, call.padded_queries, width), lambda b, n, *_: (b, n, 0, 0)
+            (None, call.padded_queries, width), lambda b, n, *_: (b, 0, n)
         )
         self.statistics = pl.BlockSpec(
             (None, None, 1, size.queries), lambda *grid: (grid[0], grid[1], 0, grid[query_axis])
