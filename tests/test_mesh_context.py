@@ -44,6 +44,7 @@ def expected():
         ({"data": 2, "context": 4}, {"max_heads_parallel": 1}),
         ({"context": 8}, {"prefix_chunk": 3}),  # each device has 2 of the 16 positions
         ({"data": 2, "context": 2, "tensor": 2}, {"prefix_chunk": 3}),
+        ({"data": 2, "context": 2, "tensor": 2}, {"prefix_chunk": 5, "attention": "pallas"}),
         ({"fsdp": 2, "data": 4}, {"prefix_chunk": 5, "remat": "full"}),
         ({"data": 2, "tensor": 2, "context": 2}, {"attention": "pallas"}),
     ],

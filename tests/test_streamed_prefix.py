@@ -1,5 +1,7 @@
 """A prefix read in chunks gives the same as one read at once, in memory of a chunk."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from small_models import left_pads, quick_jit, random_params, random_tokens, small_config
 
 from perceiver_ar_jax import PerceiverAR, generate
-from perceiver_ar_jax.model.attention import Dropout
+from perceiver_ar_jax.model.attention import Dropout, recompute
 from perceiver_ar_jax.model.inputs import Inputs
 from perceiver_ar_jax.model.streamed_prefix import PrefixParams
 from perceiver_ar_jax.model.streamed_prefix import attend as attend_streamed
@@ -71,6 +73,18 @@ def test_logits_and_gradients_are_those_of_a_prefix_read_at_once(changes, pads, 
 def test_switches_that_save_memory_change_nothing(remat, scan_layers):
     config = CONFIG.replace(prefix_chunk=8, remat=remat, scan_layers=scan_layers)
     assert_close(logits_and_gradients(config), logits_and_gradients(CONFIG))
+
+
+@pytest.mark.parametrize("segment_ids", [None, DOCUMENTS], ids=["pads", "documents"])
+def test_a_kernel_reads_each_chunk_where_attention_is_a_kernel(segment_ids):
+    config = CONFIG.replace(prefix_chunk=16, attention="pallas")
+    expected = logits_and_gradients(CONFIG, segment_ids=segment_ids)
+    with mock.patch.object(recompute, "forward", side_effect=AssertionError):
+        assert_close(logits_and_gradients(config, segment_ids=segment_ids), expected)
+    dropped = config.replace(post_attention_dropout=0.3)  # which the kernel cannot
+    key = jax.random.key(0)
+    by_einsums = dropped.replace(attention="recompute")
+    assert_close(logits_and_gradients(dropped, key=key), logits_and_gradients(by_einsums, key=key))
 
 
 def test_prefix_dropout_reads_the_same_positions():

@@ -21,7 +21,7 @@ from perceiver_ar_jax.model.attention import (
     Visibility,
     attend_to_nothing,
     merge,
-    recompute,
+    passes,
 )
 from perceiver_ar_jax.model.cache import KeysValues, LayerCache
 from perceiver_ar_jax.model.inputs import Inputs
@@ -109,11 +109,13 @@ _attend.defvjp(_forward, _backward)
 
 
 def _read(config, axis, q_BLNH, params, prefix, segment_ids_BL, dropout):
+    forward, _ = _passes(config, q_BLNH, segment_ids_BL, dropout)
+
     def attend_to(start, size):
         chunk = prefix.columns(start, size)
         kv = _keys_values(config, params.layer, _embed(params, chunk), chunk)
         visible = _visibility(chunk, segment_ids_BL)
-        return recompute.forward(q_BLNH, *kv, visible, _own(dropout, axis, start))
+        return forward(q_BLNH, *kv, visible, _own(dropout, axis, start))
 
     part = _merged(attend_to, q_BLNH, prefix.length, config.prefix_chunk)
     out_BLNH, lse_BNL = part if axis is None else merge([part], axis)
@@ -130,13 +132,15 @@ def _read_again(
     dropout,
     *results_and_gradients,
 ):
+    _, backward = _passes(config, q_BLNH, segment_ids_BL, dropout)
+
     def add_gradients(sums, start, size):
         chunk = prefix.columns(start, size)
         run = lambda layer, x_BCD: _keys_values(config, layer, x_BCD, chunk)
         kv, pull = jax.vjp(run, params.layer, _embed(params, chunk))
         visible = _visibility(chunk, segment_ids_BL)
         drop = _own(dropout, axis, start)
-        dq_BLNH, *dkv = recompute.backward(q_BLNH, *kv, visible, drop, *results_and_gradients)
+        dq_BLNH, *dkv = backward(q_BLNH, *kv, visible, drop, *results_and_gradients)
         dlayer, dx_BCD = pull(KeysValues(*dkv))
         dq_sum_BLNH, dparams = sums
         # Into the running sum: a gradient of the whole table per chunk would cost a pass over it.
@@ -176,11 +180,12 @@ def attend_to_cache(
     q_BLNH: jax.Array, cache: LayerCache, prefix: Inputs, config: PerceiverARConfig
 ) -> tuple[jax.Array, jax.Array]:
     """Attention to a prefix whose keys and values are in a cache, as `attend`; no gradients."""
+    forward, _ = _passes(config, q_BLNH, None, None)
 
     def attend_to(start, size):
         kv = cache.read(start, size, batch=len(q_BLNH))
         visible = _visibility(prefix.columns(start, size), None)
-        return recompute.forward(q_BLNH, *kv, visible)
+        return forward(q_BLNH, *kv, visible)
 
     out_BLNH, lse_BNL = _merged(attend_to, q_BLNH, prefix.length, config.prefix_chunk)
     return out_BLNH.astype(q_BLNH.dtype), lse_BNL
@@ -204,6 +209,15 @@ def _over_chunks(step: Callable, carry, length: int, chunk: int):
         carry = step(carry, 0, rest)
     body = lambda index, carry: step(carry, rest + index * chunk, chunk)
     return jax.lax.fori_loop(0, length // chunk, body, carry)
+
+
+def _passes(config, q_BLNH, segment_ids_BL, dropout):
+    return passes(
+        config,
+        num_queries=q_BLNH.shape[1],
+        has_dropout=dropout is not None,
+        has_segments=segment_ids_BL is not None,
+    )
 
 
 def _embed(params, chunk):

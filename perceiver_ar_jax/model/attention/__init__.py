@@ -11,7 +11,7 @@ the log-sum-exp of the scores of each query. A query that sees no key at all (pa
 has no gradient; its log-sum-exp is MASK_VALUE / 2, to which `merge` gives no weight.
 """
 
-from perceiver_ar_jax.model.attention.dispatch import attend, implementation_for
+from perceiver_ar_jax.model.attention.dispatch import attend, implementation_for, passes
 from perceiver_ar_jax.model.attention.dropout import Dropout
 from perceiver_ar_jax.model.attention.merge import Attention, attend_to_nothing, merge
 from perceiver_ar_jax.model.attention.visibility import MASK_VALUE, Visibility
@@ -27,4 +27,5 @@ __all__ = [
     "attention_weights",
     "implementation_for",
     "merge",
+    "passes",
 ]

@@ -1,4 +1,6 @@
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +8,7 @@ import jax.numpy as jnp
 from perceiver_ar_jax.config import PerceiverARConfig
 from perceiver_ar_jax.model.attention import cudnn, pallas, plain, recompute
 from perceiver_ar_jax.model.attention.dropout import Dropout
+from perceiver_ar_jax.model.attention.fused import backward_on_parts, forward_on_parts
 from perceiver_ar_jax.model.attention.visibility import Visibility
 from perceiver_ar_jax.parallel import CONTEXT, has_context, platform_in_use, remat_in_use
 
@@ -15,7 +18,7 @@ IMPLEMENTATIONS = {
     "pallas": pallas.attend,
     "cudnn": cudnn.attend,
 }
-FUSED = {"pallas": pallas.takes, "cudnn": cudnn.takes}  # kernels, and what they can do
+FUSED = {"pallas": pallas, "cudnn": cudnn}  # kernels
 ON_PLATFORM = {"tpu": "pallas"}  # what "auto" takes where a kernel is made for the platform
 
 
@@ -42,7 +45,7 @@ def implementation_for(
         name = ON_PLATFORM.get(platform, "recompute" if recomputes else "plain")
     if name not in FUSED:
         return name
-    can = FUSED[name](config, num_queries=num_queries, has_segments=has_segments)
+    can = FUSED[name].takes(config, num_queries=num_queries, has_segments=has_segments)
     return name if can and not has_dropout else "recompute"
 
 
@@ -86,6 +89,45 @@ def attend(
     if name in FUSED or max_heads is None or max_heads >= q_BLNH.shape[2]:
         return run(q_BLNH, k_BKNH, v_BKNH, visibility, dropout)
     return _by_heads(run, q_BLNH, k_BKNH, v_BKNH, visibility, dropout, max_heads)
+
+
+class Passes(NamedTuple):
+    """Attention and its gradients apart, for who puts several parts of the keys together.
+
+    `forward(q, k, v, visibility, dropout)` gives output and log-sum-exp; `backward` takes these
+    five, the output and log-sum-exp over all keys, and the gradients of both, and gives those of q,
+    k and v.
+    """
+
+    forward: Callable
+    backward: Callable
+
+
+def passes(
+    config: PerceiverARConfig, *, num_queries: int, has_dropout: bool, has_segments: bool
+) -> Passes:
+    """Those of a kernel where `implementation_for` takes one, otherwise of `recompute`."""
+    name = implementation_for(
+        config,
+        num_queries=num_queries,
+        platform=platform_in_use(),
+        has_dropout=has_dropout,
+        has_segments=has_segments,
+    )
+    if name not in FUSED:
+        return Passes(recompute.forward, recompute.backward)
+    kernel = FUSED[name]
+
+    def forward(q_BLNH, k_BKNH, v_BKNH, visibility, dropout=None):
+        del dropout
+        return forward_on_parts(kernel.forward, q_BLNH, k_BKNH, v_BKNH, visibility)
+
+    def backward(q_BLNH, k_BKNH, v_BKNH, visibility, dropout, *results_and_gradients):
+        del dropout
+        arguments = q_BLNH, k_BKNH, v_BKNH, visibility, *results_and_gradients
+        return backward_on_parts(kernel.backward, *arguments)
+
+    return Passes(forward, backward)
 
 
 def _by_heads(run, q_BLNH, k_BKNH, v_BKNH, visibility, dropout, max_heads):

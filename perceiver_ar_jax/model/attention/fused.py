@@ -48,34 +48,43 @@ def fused(forward: Callable, backward: Callable) -> Callable:
     def run_forward(q_BLNH, k_BKNH, v_BKNH, visibility, dropout, axis):
         if dropout is not None:
             raise ValueError("fused attention has no dropout of weights; use `recompute`")
-
-        def run(*arguments):
-            out_BLNH, lse_BNL = forward(*arguments)
-            return (out_BLNH, lse_BNL) if axis is None else merge([(out_BLNH, lse_BNL)], axis)
-
         arguments = q_BLNH, k_BKNH, v_BKNH, visibility
-        out_axes = OF_QUERIES, OF_STATISTICS
-        out_BLNH, lse_BNL = _on_own_parts(run, arguments, axis, out_axes=out_axes)
+        out_BLNH, lse_BNL = forward_on_parts(forward, *arguments, axis=axis)
         out_BLNH = checkpoint_name(out_BLNH, "attention_out")
         lse_BNL = checkpoint_name(lse_BNL, "statistics")
         return (out_BLNH, lse_BNL), (*arguments, out_BLNH, lse_BNL)
 
     def differentiate(axis, saved, gradients):
-        def run(*arguments):
-            dq_BLNH, dk_BKNH, dv_BKNH = backward(*arguments)
-            return dq_BLNH if axis is None else jax.lax.psum(dq_BLNH, axis), dk_BKNH, dv_BKNH
-
         dout_BLNH, dlse_BNL = gradients
         if isinstance(dout_BLNH, SymbolicZero):
             dout_BLNH = jnp.zeros(dout_BLNH.shape, dout_BLNH.dtype)
         if isinstance(dlse_BNL, SymbolicZero):
             dlse_BNL = None
         arguments = (*saved, dout_BLNH, dlse_BNL)
-        out_axes = OF_QUERIES, OF_KEYS, OF_KEYS
-        return *_on_own_parts(run, arguments, axis, out_axes=out_axes), None, None
+        return *backward_on_parts(backward, *arguments, axis=axis), None, None
 
     attend.defvjp(keep, differentiate, symbolic_zeros=True)
     return attend
+
+
+def forward_on_parts(forward, *arguments, axis: str | None = None):
+    """Each device runs a kernel's forward pass on its own part; keys may lie on a mesh axis."""
+
+    def run(*arguments):
+        out_BLNH, lse_BNL = forward(*arguments)
+        return (out_BLNH, lse_BNL) if axis is None else merge([(out_BLNH, lse_BNL)], axis)
+
+    return _on_own_parts(run, arguments, axis, out_axes=(OF_QUERIES, OF_STATISTICS))
+
+
+def backward_on_parts(backward, *arguments, axis: str | None = None):
+    """The same of its backward pass."""
+
+    def run(*arguments):
+        dq_BLNH, dk_BKNH, dv_BKNH = backward(*arguments)
+        return dq_BLNH if axis is None else jax.lax.psum(dq_BLNH, axis), dk_BKNH, dv_BKNH
+
+    return _on_own_parts(run, arguments, axis, out_axes=(OF_QUERIES, OF_KEYS, OF_KEYS))
 
 
 def _on_own_parts(run, arguments, axis, *, out_axes):
