@@ -239,6 +239,7 @@ backend_config={"window_config":{"estimated_cycles":"7"}}
 def test_a_dump_is_read_with_loops_multiplied_out():
     program = Program(DUMP)
     assert program.cycles_by_part() == {"mlp": 1900, "optimizer and other": 7}
+    assert program.cycles_of_a_turn() == 100
     assert program.collectives() == [
         Collective("all-gather", "bf16", 19, 19 * 64),
         Collective("all-reduce", "f32", 20, 19 * 32 + 8),

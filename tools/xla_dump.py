@@ -86,10 +86,21 @@ class Program:
         """The compiler's estimate for one step, by part, most first; collectives are not in it."""
         cycles = collections.Counter()
         for executions, _, _, line in self.instructions():
-            estimated = re.search(r'"estimated_cycles":"(\d+)"', line)
-            if estimated:
-                cycles[_part_of(line)] += executions * int(estimated[1])
-        return dict(cycles.most_common())
+            cycles[_part_of(line)] += executions * _estimated_cycles(line)
+        return {part: n for part, n in cycles.most_common() if n}
+
+    def cycles_of_a_turn(self) -> int:
+        """The estimate for one turn of the loops that the program runs, without what is around."""
+        bodies = [
+            _called(line, "body")
+            for opcode, _, line in self._computations[self._entry]
+            if opcode == "while"
+        ]
+        return sum(
+            executions * _estimated_cycles(line)
+            for body in bodies
+            for executions, _, _, line in self._walk(body, 1, set())
+        )
 
     def collectives(self) -> list[Collective]:
         """Exchanges of one step by kind and dtype, most bytes first."""
@@ -160,6 +171,11 @@ class Program:
         condition = self._computations[_called(line, "condition")]
         constants = [re.search(r" constant\((\d+)\)", line) for _, _, line in condition]
         return max((int(found[1]) for found in constants if found), default=1)
+
+
+def _estimated_cycles(line):
+    found = re.search(r'"estimated_cycles":"(\d+)"', line)
+    return int(found[1]) if found else 0
 
 
 def _called(line, attribute):

@@ -64,10 +64,10 @@ class Generation:
         with mesh_of(self._params):
             if self._progress is None:
                 size = bucket_size(self._options.max_new_tokens)
-                self._progress = _begin(
+                self._progress = begin(
                     *self._inputs, self._prompt.context, max_new_tokens=size, **self._static
                 )
-            self._progress = _continue_until(
+            self._progress = continue_to(
                 *self._inputs, self._progress, np.int32(count), **self._static
             )
         return int(self._progress.texts.count)
@@ -122,7 +122,8 @@ def _on_host(x):
 
 
 @functools.partial(jax.jit, static_argnames=("max_new_tokens", "model", "policy"))
-def _begin(params, num_ids, method, ending, context, *, max_new_tokens, model, policy):
+def begin(params, num_ids, method, ending, context, *, max_new_tokens, model, policy):
+    """The progress before the first token, with room for `max_new_tokens`."""
     rows_R = jnp.repeat(jnp.arange(len(context.tokens_BS)), method.rows_per_prompt)
     context = context.take(rows_R)
     ahead = {"ahead": method.tokens_ahead} if method.tokens_ahead else {}
@@ -136,7 +137,8 @@ def _begin(params, num_ids, method, ending, context, *, max_new_tokens, model, p
 
 
 @functools.partial(jax.jit, static_argnames=("model", "policy"), donate_argnames="progress")
-def _continue_until(params, num_ids, method, ending, progress, count, *, model, policy):
+def continue_to(params, num_ids, method, ending, progress, count, *, model, policy):
+    """The progress with `count` tokens or more, or where all rows have ended."""
     decoder = _decoder(params, num_ids, model, policy)
     return continue_until(decoder, method, progress, ending, count)
 
