@@ -9,6 +9,7 @@ from conftest import ROOT
 
 sys.path.append(str(ROOT / "tools"))
 
+from compile_decoding import compile_step as compile_decoding
 from compiled_step import (
     QUICK_OPTIONS,
     WITHOUT_A_TPU,
@@ -153,6 +154,18 @@ def test_what_context_devices_exchange_hardly_grows_with_the_prefix():
 
     one_sequence = 16 // 4 * 8192 * SMALL.num_channels * 2  # bytes in bf16, on one device
     assert exchanged(8192) - exchanged(128) < one_sequence
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_decoding_compiles_and_copies_no_cache(weights):
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs `pip install libtpu`")
+    config = SMALL.replace(max_seq_len=16_384)
+    compiled, program = compile_decoding(
+        config, topology_devices("v5e:2x2")[0], weights=weights, batch=1
+    )
+    assert program.cycles_of_a_turn() > 0
+    cache = 2 * config.max_seq_len * config.num_channels * 2  # keys and values in bf16, bytes
+    assert compiled.memory_analysis().temp_size_in_bytes < cache / 4
 
 
 def test_remat_auto_is_what_suits_the_chip():

@@ -11,6 +11,7 @@ from small_models import random_params, random_tokens, small_config
 from perceiver_ar_jax import PerceiverAR, generate, load_pretrained
 from perceiver_ar_jax.generation import generate_with_log_probs, prefill
 from perceiver_ar_jax.model import prepare_for_decoding
+from perceiver_ar_jax.model.attention import cached
 from perceiver_ar_jax.model.decoding_params import DecodingKernel
 from perceiver_ar_jax.pretrained import save_pretrained
 from perceiver_ar_jax.training import Batch
@@ -51,6 +52,30 @@ def test_a_product_is_that_of_its_definition(weights, positions):
     assert result.shape == (positions, 1, 24)
     np.testing.assert_allclose(result[:, 0], expected, atol=2e-5)
     np.testing.assert_allclose(kernel.take(jnp.arange(24)), expected_rows, atol=1e-6)
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+def test_tpus_compute_the_same_in_more_rows(weights, monkeypatch):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.float32(rng.standard_normal(shape))
+    kernel, x_BD = DecodingKernel.of(draw(24, 16), weights), draw(2, 16)
+    caches = [(draw(3, 8), draw(3, 8, 20), draw(3, 8, 20), jnp.arange(20) < 15)]  # of one row
+    caches += [(draw(2, 3, 8), draw(2, 3, 8, 20), draw(2, 3, 8, 20), draw(2, 20) > 0)]
+
+    def results():
+        return [kernel(x_BD), kernel(x_BD[0]), *(cached.attend(*cache) for cache in caches)]
+
+    expected = results()
+    taken = []
+
+    def as_on_a_tpu(*arrays, tpu, **others):
+        taken.append(tpu)
+        return tpu(*arrays)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", as_on_a_tpu)
+    for actual, there in zip(results(), expected, strict=True):
+        np.testing.assert_allclose(actual, there, atol=1e-6 * np.abs(there).max())
+    assert len(taken) == 4
 
 
 @pytest.mark.parametrize(("weights", "tolerance"), [("bfloat16", 0.03), ("int8", 0.06)])

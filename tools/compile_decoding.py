@@ -42,7 +42,10 @@ def main() -> None:
     os.environ |= WITHOUT_A_TPU
     device = topology_devices(args.topology)[0]
     chip = chip_of(device.device_kind)
-    compiled, program = compile_step(args, device)
+    config = PerceiverARConfig.clm_base(
+        max_seq_len=args.max_seq_len, max_latents=args.max_latents, dtype="bfloat16"
+    )
+    compiled, program = compile_step(config, device, weights=args.weights, batch=args.batch)
     memory = compiled.memory_analysis()
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     seconds = program.cycles_of_a_turn() / chip.clock_hz
@@ -57,11 +60,10 @@ def main() -> None:
     )
 
 
-def compile_step(args: argparse.Namespace, device) -> tuple[jax.stages.Compiled, Program]:
+def compile_step(
+    config: PerceiverARConfig, device, *, weights: str, batch: int
+) -> tuple[jax.stages.Compiled, Program]:
     """The loop that appends tokens."""
-    config = PerceiverARConfig.clm_base(
-        max_seq_len=args.max_seq_len, max_latents=args.max_latents, dtype="bfloat16"
-    )
     model, options = PerceiverAR(config), Options()
     mesh = make_mesh(MeshConfig(), [device])
 
@@ -70,12 +72,12 @@ def compile_step(args: argparse.Namespace, device) -> tuple[jax.stages.Compiled,
         return jax.tree.map(place, tree)
 
     def decoding_params():
-        return prepare_for_decoding(init_params(model, jax.random.key(0)), args.weights)
+        return prepare_for_decoding(init_params(model, jax.random.key(0)), weights)
 
     with use_mesh(mesh):
         params = on_device(jax.eval_shape(decoding_params))
-        prompt_BS = jax.ShapeDtypeStruct((args.batch, PROMPT_LEN), jnp.int32)
-        pads_BS = jax.ShapeDtypeStruct((args.batch, PROMPT_LEN), bool)
+        prompt_BS = jax.ShapeDtypeStruct((batch, PROMPT_LEN), jnp.int32)
+        pads_BS = jax.ShapeDtypeStruct((batch, PROMPT_LEN), bool)
         read = lambda *inputs: read_prompt(*inputs, prefix_len=PROMPT_LEN - 1, model=model)
         context, _ = jax.eval_shape(read, params, prompt_BS, pads_BS)
         static = {"model": model, "policy": options.decoding_policy}

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from perceiver_ar_jax.model.attention.cached import SUBLANES
+
 WEIGHTS = ("float32", "bfloat16", "int8")
 
 
@@ -109,8 +111,19 @@ def _quantised(x):
 def _product(x, rows_FD):
     """(..., F), int32 of int8 and otherwise float32."""
     return jax.lax.platform_dependent(
-        x, rows_FD, cpu=_product_on_cpu, default=_contract_last_dimensions
+        x, rows_FD, cpu=_product_on_cpu, tpu=_product_on_tpu, default=_contract_last_dimensions
     )
+
+
+def _product_on_tpu(x, rows_FD):
+    x_RD = x.reshape(-1, x.shape[-1])
+    rows = len(x_RD)
+    if rows < SUBLANES:  # the compiler would leave one row to the vector units
+        x_RD = jax.lax.optimization_barrier(jnp.pad(x_RD, ((0, SUBLANES - rows), (0, 0))))
+    y_RF = _contract_last_dimensions(x_RD, rows_FD)
+    if rows < SUBLANES:
+        y_RF = jax.lax.optimization_barrier(y_RF)[:rows]
+    return y_RF.reshape(*x.shape[:-1], -1)
 
 
 def _product_on_cpu(x, rows_FD):

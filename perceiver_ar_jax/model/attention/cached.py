@@ -5,6 +5,8 @@ import jax.numpy as jnp
 
 from perceiver_ar_jax.model.attention.visibility import MASK_VALUE
 
+SUBLANES = 8  # rows of a TPU's registers
+
 
 def attend(q_BNH: jax.Array, k_BNHK: jax.Array, v_BNHK: jax.Array, mask_BK: jax.Array) -> jax.Array:
     """Output (B, N, H).
@@ -16,8 +18,23 @@ def attend(q_BNH: jax.Array, k_BNHK: jax.Array, v_BNHK: jax.Array, mask_BK: jax.
       v_BNHK: values.
       mask_BK: True where a key is visible.
     """
+    return jax.lax.platform_dependent(
+        q_BNH, k_BNHK, v_BNHK, mask_BK, tpu=_attend_on_tpu, default=_attend
+    )
+
+
+def _attend(q_BNH, k_BNHK, v_BNHK, mask_BK):
     weights = attention_weights(q_BNH, k_BNHK, mask_BK).astype(q_BNH.dtype)
     return jnp.einsum("...NK,...NHK->...NH", weights, v_BNHK)
+
+
+def _attend_on_tpu(q_BNH, k_BNHK, v_BNHK, mask_BK):
+    # The compiler leaves one query to the vector units, which are slower than the memory: by its
+    # cycles a token of the 455M model after 65,536 others takes 8.0 ms, and in eight rows 1.8.
+    q_BTNH = jnp.repeat(jnp.expand_dims(q_BNH, -3), SUBLANES, axis=-3)
+    mask_BTK = jnp.expand_dims(mask_BK, -2)
+    out_BTNH = attend_several(jax.lax.optimization_barrier(q_BTNH), k_BNHK, v_BNHK, mask_BTK)
+    return jax.lax.optimization_barrier(out_BTNH)[..., 0, :, :]
 
 
 def attention_weights(q_BNH: jax.Array, k_BNHK: jax.Array, mask_BK: jax.Array) -> jax.Array:
