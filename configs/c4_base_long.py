@@ -3,7 +3,7 @@
 Command:   python train.py --config=configs/c4_base_long.py --workdir=gs://BUCKET/c4_base_long
              with data and tokenizer as for c4_base
 Hardware:  256 TPU chips, one window per chip
-Memory:    1.3 GiB per chip on v5e, by tools/compile_ahead.py (docs/tpu_pods.md)
+Memory:    2.6 GiB per chip on v5e, by tools/compile_ahead.py (docs/tpu_pods.md)
 Expected:  not yet run; no figure is published for this length
 
 As c4_base, but windows of 32,768 positions, documents joined until they are full. Half of the
