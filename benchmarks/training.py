@@ -3,19 +3,20 @@
     taskset -c 0 python benchmarks/training.py --models tiny bytes_small clm_base
     python benchmarks/training.py --contenders "ours float32" "ours bfloat16"
 
-A full step: forward, backward, clipping, AdamW (SGD for clm_base, whose moments would not fit beside
-perceiver-io's). Contenders have the same weights and batches. perceiver-io runs eagerly, in float32
-or under torch's bfloat16 autocast. On one core (taskset) seconds are CPU time, which other work on
-the machine hardly changes, otherwise wall time on all cores. For each model it prints
+A full step: forward, backward, clipping, AdamW; plain SGD for clm_base, where AdamW's moments
+would take 7 GB more. Contenders get the same batches. perceiver-io runs eagerly, in float32 or
+under torch's bfloat16 autocast. Prints one JSON object per model:
 
-    seconds         the fastest step
-    ratio           median over rounds of perceiver-io's time, in float32 and under autocast, to ours
-    spread          half the range of the middle half of the rounds, relative to the median
-    of_peak         FLOP/s of the model's products to those of a large float32 product in this run
-    compile_seconds, temporaries_mib    of our program
-    peak_mib        resident memory of a process of its own, with --memory
+    seconds          the fastest step: CPU time on one core (taskset), which other work on the
+                     machine hardly changes, otherwise wall time on all cores
+    ratio            perceiver-io's seconds to ours, the median over rounds
+    spread           of seconds over rounds: half their interquartile range, to their median
+    of_peak          FLOP/s of the model's matmuls to those of one large float32 matmul
+    compile_seconds  CPU time of tracing and compiling our step
+    temporaries_mib  memory of our step beside its arguments and results
+    peak_mib         resident memory of a process of its own, with --memory
 
-Needs what requirements-parity.txt says unless no contender is perceiver-io.
+Needs what requirements-parity.txt says, unless no contender is perceiver-io.
 """
 
 import argparse
@@ -94,9 +95,7 @@ def measure(name: str, args: argparse.Namespace) -> dict:
         if number == 0:
             state = [our_state(config, optimizer)]  # shared: each step donates it
         dtype = contender.split()[1]
-        steps[contender], of_program[contender] = our_step(
-            state, config.replace(dtype=dtype), rows
-        )
+        steps[contender], of_program[contender] = our_step(state, config.replace(dtype=dtype), rows)
     losses = {contender: step() for contender, step in steps.items()}  # and warms up
     seconds = {contender: [] for contender in steps}
     peaks = []
@@ -219,10 +218,7 @@ def reference_steps(contenders, config, optimizer, rows):
     torch.set_num_threads(CORES)
     torch.manual_seed(0)
     model = clm.CausalLanguageModel(reference_config(config)).train()
-    if optimizer == "sgd":
-        train = sgd_training(model)
-    else:
-        train = reference_training(model, SETTINGS)
+    train = sgd_training(model) if optimizer == "sgd" else reference_training(model, SETTINGS)
     pads = np.zeros((len(rows), config.max_seq_len), bool)
 
     def step(autocast: bool) -> float:

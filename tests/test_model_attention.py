@@ -195,6 +195,24 @@ def test_gradients_under_dropout_are_those_of_the_weights_that_were_kept():
         assert_close(ours, expected, atol=2e-6)
 
 
+@pytest.mark.parametrize("with_segments", [False, True])
+def test_queries_that_are_computed_in_halves_give_what_they_give_at_once(with_segments):
+    rng = np.random.default_rng(0)
+    q, k, v = rng.standard_normal((3, 2, 256, 2, 4), np.float32)
+    segments = rng.integers(0, 3, (2, 256)).cumsum(axis=1) // 40 if with_segments else None
+    pads = np.arange(256) < np.array([[0], [140]])  # the first half of a row sees nothing
+    visible = Visibility(pads, segments, segments, causal=True)
+
+    def results(implementation):
+        run = lambda *x: attend_with(implementation)(*x, visible)
+        return quick_jit(run)(q, k, v), gradients(run, q, k, v)
+
+    assert "256,256" in str(jax.make_jaxpr(attend_with("recompute"))(q, k, v, visible))
+    assert "256,256" not in str(jax.make_jaxpr(attend_with("plain"))(q, k, v, visible))
+    for ours, expected in zip(results("plain"), results("recompute"), strict=True):
+        assert_close(ours, expected, atol=2e-5)
+
+
 def chosen(
     platform="cpu", num_queries=4, has_dropout=False, has_segments=False, spread=False, **fields
 ):

@@ -15,6 +15,20 @@ def test_as_many_queries_as_keys_give_a_triangle():
     assert as_bits(mask_1LK[0]) == ["100", "110", "111"]
 
 
+def test_fewer_queries_than_keys_are_the_last_ones():
+    (mask_LK,) = Visibility(causal=True).mask(2, 4)
+    assert as_bits(mask_LK) == ["1110", "1111"]
+
+
+def test_some_of_the_queries_see_what_they_see_among_all():
+    segments = np.array([[1, 1, 2, 2], [0, 0, 0, 0], [0, 0, 1, 1]])
+    visible = Visibility(PADS, segments, segments, causal=True)
+    whole_BLK = visible.mask(4, 4)
+    np.testing.assert_array_equal(visible.of_queries(0, 2).mask(2, 2), whole_BLK[:, :2, :2])
+    np.testing.assert_array_equal(visible.of_queries(2, 4).mask(2, 4), whole_BLK[:, 2:])
+    assert Visibility(causal=True).of_queries(0, 2) == Visibility(causal=True)
+
+
 def test_a_whole_prefix_needs_no_mask():
     assert Visibility().mask(3, 5) is None
 

@@ -179,6 +179,12 @@ def device_kind_in_use() -> str:
     return jax.devices()[0].device_kind if mesh.empty else mesh.abstract_device.device_kind
 
 
+def num_devices_in_use() -> int:
+    """Of the mesh in use, otherwise 1."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.size
+
+
 def _are_names(x: Any) -> bool:
     return type(x) is tuple and all(name is None or name in LOGICAL_RULES for name in x)
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from perceiver_ar_jax.model.decoding_params import DecodingKernel
+from perceiver_ar_jax.model.products import product
 from perceiver_ar_jax.parallel import constrain, on_own_rows
 
 # Latents × vocabulary of one chunk, per row of the batch. Each chunk costs a pass over the gradient
@@ -113,10 +114,8 @@ def _loss_and_gradients(hidden_BLD, embedding_VD, bias_V, targets_BL, weights_BL
         dlogits_BCV *= weights_BC[..., None]
         dbias_V += dlogits_BCV.sum((0, 1))
         dlogits_BCV = dlogits_BCV.astype(dtype)
-        dhidden_BCD = dlogits_BCV @ embedding_VD
-        dembedding_VD += jnp.einsum(
-            "BCV,BCD->VD", dlogits_BCV, hidden_BCD, preferred_element_type=jnp.float32
-        )
+        dhidden_BCD = product("BCV,VD->BCD", dlogits_BCV, embedding_VD)
+        dembedding_VD += product("BCV,BCD->VD", dlogits_BCV, hidden_BCD, jnp.float32)
         return (total + (loss_BC * weights_BC).sum(), dembedding_VD, dbias_V), dhidden_BCD
 
     zeros = jnp.float32(0), jnp.zeros(embedding_VD.shape), jnp.zeros(bias_V.shape)
@@ -140,10 +139,7 @@ def _bias(bias_V, embedding_VD):
 def _logits(hidden_BCD, embedding_VD, bias_V):
     if isinstance(embedding_VD, DecodingKernel):
         return embedding_VD(hidden_BCD) + bias_V
-    logits_BCV = jnp.einsum(
-        "BCD,VD->BCV", hidden_BCD, embedding_VD, preferred_element_type=jnp.float32
-    )
-    return logits_BCV + bias_V
+    return product("BCD,VD->BCV", hidden_BCD, embedding_VD, jnp.float32) + bias_V
 
 
 def _at(logits_BCV, targets_BC):

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from perceiver_ar_jax.model.attention.dropout import Dropout
 from perceiver_ar_jax.model.attention.visibility import LEAST_SUM, Visibility, largest_visible
+from perceiver_ar_jax.model.products import product
+from perceiver_ar_jax.parallel import platform_in_use
 
 
-@jax.custom_vjp
 def attend(
     q_BLNH: jax.Array,
     k_BKNH: jax.Array,
@@ -20,6 +21,25 @@ def attend(
     dropout: Dropout | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Output (B, L, N, H) and log-sum-exp (B, N, L)."""
+    length = q_BLNH.shape[1]
+    in_halves = visibility.causal and dropout is None and length >= 256 and length % 2 == 0
+    if not in_halves or platform_in_use() != "cpu":
+        return _attend(q_BLNH, k_BKNH, v_BKNH, visibility, dropout)
+    # The first half of the queries sees no key of the second half. More and smaller blocks take as
+    # long, and longer to compile.
+    half = length // 2
+    seen_by_first = visibility.of_queries(0, half)
+    seen_by_second = visibility.of_queries(half, length)
+    halves = (
+        _attend(q_BLNH[:, :half], k_BKNH[:, :half], v_BKNH[:, :half], seen_by_first, None),
+        _attend(q_BLNH[:, half:], k_BKNH, v_BKNH, seen_by_second, None),
+    )
+    outs, lses = zip(*halves, strict=True)
+    return jnp.concatenate(outs, axis=1), jnp.concatenate(lses, axis=2)
+
+
+@jax.custom_vjp
+def _attend(q_BLNH, k_BKNH, v_BKNH, visibility, dropout):
     return _forward(q_BLNH, k_BKNH, v_BKNH, visibility, dropout)[0]
 
 
@@ -49,18 +69,18 @@ def _backward(saved, gradients):
     products_BNLK = exp_BNLK * dexp_BNLK
     mean_BNL1 = (products_BNLK.sum(axis=-1, keepdims=True) - dlse_BNL[..., None]) / sum_BNL1
     dscores_BNLK = (products_BNLK - exp_BNLK * mean_BNL1).astype(dtype)
-    dq_BNLH = jnp.einsum("BNLK,BNKH->BNLH", dscores_BNLK, k_BNKH)
-    dk_BNHK = jnp.einsum("BNLH,BNLK->BNHK", q_BNLH, dscores_BNLK)
-    dv_BNHK = jnp.einsum("BNLH,BNLK->BNHK", dout_BNLH, _dropped(exp_BNLK, dropout))
+    dq_BNLH = product("BNLK,BNKH->BNLH", dscores_BNLK, k_BNKH)
+    dk_BNHK = product("BNLH,BNLK->BNHK", q_BNLH, dscores_BNLK)
+    dv_BNHK = product("BNLH,BNLK->BNHK", dout_BNLH, _dropped(exp_BNLK, dropout))
     dk_BKNH, dv_BKNH = (jnp.transpose(x_BNHK, (0, 3, 1, 2)) for x_BNHK in (dk_BNHK, dv_BNHK))
     return _swap(dq_BNLH), dk_BKNH, dv_BKNH, None, None
 
 
-attend.defvjp(_forward, _backward)
+_attend.defvjp(_forward, _backward)
 
 
 def _matmul(subscripts, a, b):
-    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
+    return product(subscripts, a, b, jnp.float32)
 
 
 def _swap(x_BLNH):

@@ -14,8 +14,8 @@ class Visibility:
       pad_mask_BK: True at padded keys, which no query sees; None where nothing is padded.
       segment_ids_BL: the document of each query, which sees keys of the same document only.
       segment_ids_BK: the document of each key; both or neither.
-      causal: whether query i sees keys 0 to i only. There are as many queries as keys then, so
-        masks aligned at the top left and at the bottom right are the same.
+      causal: whether the last query sees all keys, and each one before it one key less. All but
+        `plain` ask for as many queries as keys.
     """
 
     pad_mask_BK: jax.Array | None = None
@@ -27,13 +27,23 @@ class Visibility:
         """True where a key is visible, (B or 1, L or 1, K); None where all of them are."""
         mask_BLK = None
         if self.causal:
-            mask_BLK = (jnp.arange(num_keys) <= jnp.arange(num_queries)[:, None])[None]
+            last_L1 = jnp.arange(num_keys - num_queries, num_keys)[:, None]
+            mask_BLK = (jnp.arange(num_keys) <= last_L1)[None]
         if self.pad_mask_BK is not None:
             mask_BLK = _both(mask_BLK, ~self.pad_mask_BK[:, None, :])
         if self.segment_ids_BK is not None:
             same_BLK = self.segment_ids_BL[:, :, None] == self.segment_ids_BK[:, None, :]
             mask_BLK = _both(mask_BLK, same_BLK)
         return mask_BLK
+
+    def of_queries(self, start: int, end: int) -> "Visibility":
+        """What queries `start` to before `end` see of the keys before `end`."""
+        cut = lambda x, start: None if x is None else x[:, start:end]
+        return self.replace(
+            pad_mask_BK=cut(self.pad_mask_BK, 0),
+            segment_ids_BL=cut(self.segment_ids_BL, start),
+            segment_ids_BK=cut(self.segment_ids_BK, 0),
+        )
 
     def hide(self, scores_BNLK: jax.Array) -> jax.Array:
         """The scores, MASK_VALUE at keys that are not visible."""
