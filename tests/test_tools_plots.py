@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import json
 import lzma
+import re
 import subprocess
 import sys
 from xml.etree import ElementTree
@@ -84,6 +85,17 @@ def test_a_run_is_drawn_with_its_last_values_and_baselines_that_do_not_overlap(t
     assert_texts_are_apart(svg)
     dashed = [line for line in elements(svg, "line") if line.get("stroke-dasharray")]
     assert len(dashed) == 3
+
+
+def test_the_curves_of_a_run_begin_after_the_first_window(tmp_path):
+    lines = [{"step": 0, "eval/loss": 90.0, "eval/bits_per_byte": 40.0}]
+    lines += [{"step": 10, "train/loss": 80.0}]
+    lines += [{"step": 10 * i, "train/loss": 4.0 - i / 10, "eval/loss": 3.0} for i in range(2, 9)]
+    write_metrics(tmp_path, lines)
+    ticks = [float(text) for text in texts(plot(tmp_path)) if re.fullmatch(r"\d(\.\d+)?", text)]
+    assert 0 < max(ticks) <= 4  # 90 and 80 are not drawn
+    write_metrics(tmp_path, lines[:3])
+    assert "80" in texts(plot(tmp_path))  # of a run so short, everything
 
 
 def test_lines_written_after_a_run_was_resumed_replace_earlier_ones(tmp_path):

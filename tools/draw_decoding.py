@@ -25,7 +25,7 @@ PROMPT, PROMPT_LATENTS = 6, 2
 LENGTHS = range(PROMPT + 1, 14)  # of the sequence, in each row
 STAGES = {9: "latents used up", 11: "window full"}
 
-WIDTH, HEIGHT = 900, 382
+WIDTH, HEIGHT = 900, 409
 FIRST_PANEL, PANEL_PITCH, CELL = 106, 265, 19
 ROWS_Y, ROW_PITCH, GAP = 76, 27, 22  # a gap before each row that STAGES names
 LEGEND_Y = 340
@@ -115,18 +115,27 @@ def _cell(drawing, x: float, y: float, kind: str, *, is_computed: bool) -> None:
 
 
 def _legend(drawing) -> None:
-    drawing.text(FIRST_PANEL - 12, LEGEND_Y + 14, "N = 4 latents", text_anchor="end", fill=MUTED)
-    entries = [
-        (PREFIX, False, "prefix"),
-        (LATENT, False, "latent"),
-        (FORMER, False, "prefix that was made as a latent"),
-        (LATENT, True, "computed in this step, not taken from the caches"),
+    rows = [
+        (
+            f"N = {N} latents",
+            (PREFIX, False, "prefix"),
+            (LATENT, False, "latent"),
+            (FORMER, False, "prefix that was made as a latent"),
+            (OUTSIDE, False, "no longer read"),
+        ),
+        (
+            f"prefix ≤ {MAX_PREFIX}",
+            (PREFIX, True, "prefix, computed in this step"),
+            (LATENT, True, "latent, computed in this step; pale ones come from the caches"),
+        ),
     ]
-    x = FIRST_PANEL
-    for kind, is_computed, label in entries:
-        _cell(drawing, x, LEGEND_Y, kind, is_computed=is_computed)
-        drawing.text(x + CELL + 4, LEGEND_Y + 14, label, fill=MUTED)
-        x += CELL + 24 + 6.6 * len(label)
+    for row, (size, *entries) in enumerate(rows):
+        x, y = FIRST_PANEL, LEGEND_Y + row * ROW_PITCH
+        drawing.text(x - 12, y + 14, size, text_anchor="end", fill=MUTED)
+        for kind, is_computed, label in entries:
+            _cell(drawing, x, y, kind, is_computed=is_computed)
+            drawing.text(x + CELL + 4, y + 14, label, fill=MUTED)
+            x += CELL + 24 + 6.6 * len(label)
 
 
 def _y(length: int) -> float:

@@ -3,7 +3,8 @@
     python tools/plot_run.py WORKDIR [--output=loss.svg] [--baseline "gzip -9=2.55" "xz -9e=1.75"]
 
 At the left train and eval loss in nats per token, at the right bits per byte of the evaluations
-and, as dashed lines, what --baseline names (tools/compression_baseline.py measures some).
+and, as dashed lines, what --baseline names (tools/compression_baseline.py measures some). Curves
+begin after the first window of --config.log_every steps.
 """
 
 import argparse
@@ -49,6 +50,7 @@ def draw(curves: Mapping[str, Curve], baselines: Mapping[str, float], title: str
     """The page with both panels."""
     train, losses = curves.get("train/loss", []), curves.get("eval/loss", [])
     bits = curves.get("eval/bits_per_byte", [])
+    train, losses, bits = (_after_first_window(curve, train) for curve in (train, losses, bits))
     last_step = max([1, *(step for step, _ in train + losses + bits)])
     drawing = Drawing(
         WIDTH, HEIGHT, title=title, description="Loss and bits per byte over training steps."
@@ -78,6 +80,12 @@ def draw(curves: Mapping[str, Curve], baselines: Mapping[str, float], title: str
         drawing.line(panel.left, y, panel.right, y, stroke=MUTED, stroke_dasharray="5 4")
     panel.curve(bits, ORANGE, dots=True)
     return drawing
+
+
+def _after_first_window(curve: Curve, train: Curve) -> Curve:
+    """The curve without its steepest part, which would flatten the rest, if there is a rest."""
+    later = [(step, value) for step, value in curve if train and step > train[0][0]]
+    return later if len(later) > 1 else curve
 
 
 def _baseline(text: str) -> tuple[str, float]:
