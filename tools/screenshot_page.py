@@ -16,7 +16,8 @@ def main() -> int:
     parser = Parser(__doc__)
     parser.add("--address", "of the server", required=True)
     parser.add("--output", "the PNG file", required=True)
-    parser.add("--prompt", "to continue", default="Return a list of the names")
+    parser.add("--prompt", "to continue", default="The following example shows how")
+    parser.add("--temperature", "of sampling", default="0.5")
     parser.add("--dark", "take the dark page", action="store_true")
     parser.add("--tokens", "to wait for", type=int, default=110)
     arguments = parser.parse_args()
@@ -28,13 +29,14 @@ def main() -> int:
             executable_path=browser_path, args=["--no-sandbox", "--disable-gpu"]
         )
         page = browser.new_page(
-            viewport={"width": 900, "height": 690},
+            viewport={"width": 900, "height": 770},
             color_scheme="dark" if arguments.dark else "light",
         )
         page.set_default_timeout(600_000)
         page.goto(arguments.address)
         page.fill("#prompt", arguments.prompt)
         page.fill("#max_tokens", str(arguments.tokens))
+        page.fill("#temperature", arguments.temperature)
         page.click("#go")
         page.wait_for_selector("#go:enabled")
         page.focus("#text")
