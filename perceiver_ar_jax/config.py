@@ -40,6 +40,10 @@ class PerceiverARConfig:
     Field names and defaults are those of perceiver-io's `CausalSequenceModelConfig`; its
     `activation_checkpointing=True` is `remat="full"` here. The fields after `init_scale` are ours.
 
+    >>> config = PerceiverARConfig(max_seq_len=1024, max_latents=256)
+    >>> config.max_prefix_len, config.replace(num_heads=4).head_dim
+    (768, 128)
+
     Raises:
       ValueError: at construction, naming every problem at once.
     """

@@ -1,5 +1,6 @@
 """The wheel and the sdist: what they hold, and that an installed wheel works alone."""
 
+import configparser
 import os
 import re
 import runpy
@@ -138,6 +139,18 @@ def test_an_installed_wheel_runs_commands_and_finds_presets(wheel, tmp_path):
     done = run(command, "train", "--config=tny", cwd=tmp_path, **environment)
     assert done.returncode == 2
     assert done.stderr.startswith("perceiver-ar train: there is no preset 'tny'; there are bytes_")
+
+
+def test_the_dockerfile_copies_what_there_is_and_installs_extras_that_there_are():
+    """Docker itself is not run."""
+    text = (ROOT / "Dockerfile").read_text()
+    copied = [name for line in re.findall(r"^COPY (.*) \S+$", text, re.M) for name in line.split()]
+    assert copied and not [name for name in copied if not (ROOT / name).exists()]
+    extras = set(re.findall(r"ACCELERATOR=(\w+)", text))
+    extras |= set(re.search(r"\[([\w,]+)\$", text)[1].split(","))
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    assert {"tpu", "cuda12", "serve"} <= extras <= set(config["options.extras_require"])
 
 
 def test_the_version_is_in_the_changelog_and_the_citation():

@@ -31,6 +31,10 @@ def load_tokenizer(source: str | Path, *, vocab_size: int | None = None) -> Toke
 
     XLNet's SentencePiece model always gives the ids of Hugging Face's tokenizer.
 
+    >>> tokenizer = load_tokenizer("bytes")
+    >>> tokenizer.encode("ab"), tokenizer.decode([103, 104])
+    ([103, 104], 'ab')
+
     Args:
       source: "bytes", a SentencePiece `.model` file, a `tokenizer.json`, a folder with one of them,
         or a hub id such as "xlnet-base-cased".
