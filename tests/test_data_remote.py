@@ -77,12 +77,14 @@ def local(tmp_path_factory):
 def bucket(local, tmp_path, monkeypatch):
     """The same files at gs://bucket/."""
     monkeypatch.setenv("PERCEIVER_AR_CACHE", str(tmp_path / "cache"))
+    before = fsspec.get_filesystem_class("gcs")
     fsspec.register_implementation("gcs", Bucket, clobber=True)
     for path in local.rglob("*"):
         if path.is_file():
             Bucket().pipe(f"gs://bucket/{path.relative_to(local)}", path.read_bytes())
     yield "gs://bucket"
     Bucket.store.clear()
+    fsspec.register_implementation("gcs", before, clobber=True)  # other tests have another server
 
 
 @pytest.fixture
