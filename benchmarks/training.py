@@ -229,16 +229,13 @@ def reference_steps(contenders, config, optimizer, rows):
 
 def sgd_training(model):
     """As `reference_training`, with plain SGD."""
-    from reference import reference_logits, torch
+    from reference import reference_loss, torch
 
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
 
     def step(tokens, targets, prefix_len, pads) -> float:
         optimizer.zero_grad()
-        logits = reference_logits(model, tokens, prefix_len, pads)
-        loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), torch.tensor(targets[:, prefix_len:]).flatten()
-        )
+        loss = reference_loss(model, tokens, targets, prefix_len, pads)
         loss.backward()
         optimizer.step()
         return loss.item()

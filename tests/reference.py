@@ -161,16 +161,14 @@ def gradient_errors(seed: int) -> dict[str, float]:
     tokens, prefix_len, pads = random_input(config, seed)
     targets = np.random.default_rng(seed).integers(0, config.vocab_size, tokens.shape)
 
-    logits = reference_logits(reference, tokens, prefix_len, pads)
-    theirs = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), torch.tensor(targets[:, prefix_len:]).flatten()
-    )
+    theirs = reference_loss(reference, tokens, targets, prefix_len, pads)
     theirs.backward()
 
     @quick_jit
     @jax.grad
     def gradients(params):
-        batch, weights = Batch(tokens, targets, pads), np.ones(logits.shape[:2], np.float32)
+        batch = Batch(tokens, targets, pads)
+        weights = np.ones_like(targets[:, prefix_len:], np.float32)
         loss = loss_sum(params, batch, weights, model=model, prefix_len=prefix_len)
         return loss / weights.sum()
 
@@ -230,6 +228,13 @@ def cached_logit_errors(seed: int, steps: int = 14) -> list[float]:
     return errors
 
 
+def reference_loss(model, tokens, targets, prefix_len: int, pads) -> torch.Tensor:
+    """The mean of -log p of the latents' targets, to differentiate."""
+    logits = reference_logits(model, tokens, prefix_len, pads)
+    targets = torch.tensor(targets[:, prefix_len:])
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
 def reference_training(reference, settings: OptimizerConfig):
     """One more training step of the reference: a function of a batch that returns its loss.
 
@@ -251,10 +256,7 @@ def reference_training(reference, settings: OptimizerConfig):
 
     def step(tokens, targets, prefix_len, pads) -> float:
         optimizer.zero_grad()
-        logits = reference_logits(reference, tokens, prefix_len, pads)
-        loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), torch.tensor(targets[:, prefix_len:]).flatten()
-        )
+        loss = reference_loss(reference, tokens, targets, prefix_len, pads)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(reference.parameters(), settings.clip_norm)
         optimizer.step()

@@ -8,15 +8,13 @@ as the text may become. Other chips share nothing with it. Needs `pip install li
 
 import argparse
 import os
-import tempfile
-from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from compiled_step import WITHOUT_A_TPU, topology_devices
+from compiled_step import WITHOUT_A_TPU, compile_and_read, topology_devices
 from xla_dump import Program
 
 from perceiver_ar_jax import PerceiverAR, PerceiverARConfig
@@ -88,9 +86,7 @@ def compile_step(
         start = lambda *inputs: begin(*inputs, max_new_tokens=config.max_seq_len, **static)
         progress = on_device(jax.eval_shape(start, *inputs, context))
         lowered = continue_to.lower(*inputs, progress, np.int32(config.max_seq_len), **static)
-    with tempfile.TemporaryDirectory() as folder:
-        compiled = lowered.compile({"xla_dump_to": folder})
-        return compiled, Program.from_dump(Path(folder))
+    return compile_and_read(lowered)
 
 
 if __name__ == "__main__":

@@ -103,6 +103,25 @@ def topology_devices(topology: str, gpu_description: Path | None = None) -> list
         raise ValueError(f"topology {topology}: {str(error).splitlines()[0]}") from None
 
 
+def compile_and_read(
+    lowered: jax.stages.Lowered, compiler_options: dict | None = None
+) -> tuple[jax.stages.Compiled, Program]:
+    """The compiled program, and what the compiler wrote of it.
+
+    Raises:
+      DoesNotFitError: if the compiler runs out of device memory.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            compiled = lowered.compile({"xla_dump_to": folder, **(compiler_options or {})})
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            lines = (line.strip() for line in str(error).splitlines())
+            raise DoesNotFitError(next(line for line in lines if line)) from None
+        return compiled, Program.from_dump(Path(folder))
+
+
 def compile_step(
     run: RunConfig, devices: list, *, compiler_options: dict | None = None
 ) -> CompiledStep:
@@ -119,15 +138,7 @@ def compile_step(
     mesh = make_mesh(run.mesh, devices, num_channels=model.num_channels)
     check_batch_size(run.batch_size, mesh, run.microbatches)
     lowered = lower_train_step(run, mesh)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            compiled = lowered.compile({"xla_dump_to": folder, **(compiler_options or {})})
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            lines = (line.strip() for line in str(error).splitlines())
-            raise DoesNotFitError(next(line for line in lines if line)) from None
-        program = Program.from_dump(Path(folder))
+    compiled, program = compile_and_read(lowered, compiler_options)
     memory = compiled.memory_analysis()
     flops = training_flops(model, run.prefix_len, model.max_latents, run.latent_windows)
     return CompiledStep(

@@ -160,8 +160,7 @@ class PerceiverAR(nn.Module):
         visible = latents.visible_from(latents, causal=True)
         layer, before = self.cross_attention, []
         if prefix_len:
-            rotation_BP = rotation(prefix.positions_BS, self.config)
-            kv_prefix = layer.prefix_keys_values(self._embed(prefix), rotation_BP)
+            kv_prefix = self._prefix_keys_values(prefix)
             before = [(kv_prefix.k, prefix.visible_from(latents, causal=False))]
         normed_BLD = layer.q_norm(latents_BLD)
         maps = [layer.attention.weights(normed_BLD, rotation_BL, visible, before)]
@@ -192,9 +191,7 @@ class PerceiverAR(nn.Module):
                 q_BLNH, cross, prefix, config
             )
         elif prefix_len:
-            kv_prefix = layer.prefix_keys_values(
-                self._embed(prefix), rotation(prefix.positions_BS, config)
-            )
+            kv_prefix = self._prefix_keys_values(prefix)
             cross = LayerCache.of(kv_prefix).padded_to(inputs.length)
             visible_prefix = prefix.visible_from(latents, causal=False)
             attend_prefix = lambda q_BLNH: layer.attention.attend(
@@ -259,6 +256,11 @@ class PerceiverAR(nn.Module):
         _, mask_B1K = before.cross_slots_and_mask(1)
         weights_BNK = cache.cross.attention_weights(q_B1NH[:, 0], mask_B1K[:, 0])
         return jnp.roll(weights_BNK, -(cache.length % cache.cross.capacity), axis=-1)
+
+    def _prefix_keys_values(self, prefix):
+        """What the latents read of a prefix, of all its positions at once."""
+        rotation_BP = rotation(prefix.positions_BS, self.config)
+        return self.cross_attention.prefix_keys_values(self._embed(prefix), rotation_BP)
 
     def _first_layer(self, inputs, prefix_len, num_windows, deterministic):
         """The hybrid layer over embedded inputs, each window of latents a row.
