@@ -18,6 +18,7 @@ from quick_compilation import xla_flags
 from small_models import random_params, small_config
 
 from perceiver_ar_jax import PerceiverAR, Pretrained
+from perceiver_ar_jax.evaluation.scores import score_sequences
 from perceiver_ar_jax.pretrained import save_pretrained
 from perceiver_ar_jax.tokenizers import ByteTokenizer
 
@@ -157,6 +158,63 @@ def test_continuations_of_several_prompts_are_those_of_each(client):
     assert twice.usage.prompt_tokens == 1
 
 
+def test_the_tokens_of_a_prompt_have_the_scores_of_the_evaluation(client, pretrained):
+    prompt = "The river sees the house, é, and often the house sees it."  # three windows
+    options = {"echo": True, "logprobs": 3, "temperature": 0}
+    answer = complete(client, prompt, max_tokens=0, **options)
+    (choice,), ids = answer.choices, ByteTokenizer().encode(prompt)
+    assert (choice.text, choice.finish_reason) == (prompt, "length")
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens == len(ids)
+    ends = [*range(len(ids), 1, -16)][::-1]
+    scores = score_sequences(pretrained, [(ids[:end], min(16, end - 1)) for end in ends])
+    expected, ranks = (np.concatenate(x) for x in zip(*scores, strict=True))
+    none, *log_probs = choice.logprobs.token_logprobs
+    np.testing.assert_allclose(log_probs, expected, rtol=1e-5)
+    no_top, *top = choice.logprobs.top_logprobs
+    assert none is no_top is None
+    # Greedy decoding chooses a token if its log-probability is, to the bit, that of the likeliest.
+    is_likeliest = [max(x.values()) == y for x, y in zip(top, log_probs, strict=True)]
+    assert is_likeliest == (ranks == 0).tolist()
+    at = choice.logprobs.text_offset.index(prompt.index("often"))  # after a character of two bytes
+    assert "".join(choice.logprobs.tokens[at : at + 5]) == "often"
+
+    short = prompt[:20]
+    alone = complete(client, short, max_tokens=3, logprobs=3, temperature=0).choices[0]
+    (whole,) = complete(client, short, max_tokens=3, **options).choices
+    assert whole.text == short + alone.text
+    assert whole.logprobs.token_logprobs[20:] == alone.logprobs.token_logprobs
+    pieces = list(complete(client, short, max_tokens=3, stream=True, **options))
+    pieces = [piece.choices[0] for piece in pieces]
+    assert "".join(piece.text for piece in pieces) == whole.text
+    offsets = [offset for piece in pieces for offset in piece.logprobs.text_offset]
+    assert offsets == whole.logprobs.text_offset
+    assert offsets[:21] == list(range(21))
+    assert complete(client, "a", max_tokens=0, **options).choices[0].logprobs.tokens == ["a"]
+
+
+def test_the_harness_gets_the_same_from_the_server(server, pretrained):
+    for name in ("lm_eval", "aiohttp", "tenacity"):
+        pytest.importorskip(name, reason="the harness's client needs it")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    from perceiver_ar_jax import evaluation
+
+    remote = LocalCompletionsAPI(
+        model="small",
+        base_url=f"http://127.0.0.1:{server.port}/v1/completions",
+        custom_prefix_token_id=ByteTokenizer.eos_id,
+        max_length=40,
+        batch_size=2,
+    )
+    pairs = [("a river", " runs"), ("the house", " sees the river"), ("it", " "), ("", "and")]
+    requests = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
+    expected = evaluation.HarnessLM(pretrained).loglikelihood(requests)
+    np.testing.assert_allclose(remote.loglikelihood(requests), expected, rtol=1e-5)
+    assert remote.decode_batch([ByteTokenizer().encode("é")]) == ["é"]
+    assert json.loads(send(server, b'{"tokens": [300]}', path="/detokenize")[2])["error"]
+
+
 def test_a_text_ends_before_a_stop(client):
     options = {"temperature": 0, "max_tokens": 12}
     text = complete(client, **options).choices[0].text
@@ -190,7 +248,7 @@ REFUSED = {
     "too many texts": ({"n": 5}, "1 prompts with n=5 are more than 4"),
     "too many latents": ({"num_latents": 17}, "num_latents=17 out of valid range [1..16]"),
     "policy": ({"policy": "forget"}, "policy: Input should be 'slide', 'recompute' or 'reset'"),
-    "echo": ({"echo": True, "logprobs": 1}, "echo with logprobs is not supported"),
+    "nothing to do": ({"max_tokens": 0, "echo": True}, "max_tokens=0 needs echo and logprobs"),
     "no JSON": (b"{", "body: JSON decode error"),
     "no text": (b'{"prompt": "\xff"}', "error parsing the body"),
 }

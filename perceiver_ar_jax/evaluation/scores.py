@@ -4,6 +4,7 @@ import collections
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from perceiver_ar_jax.data.rows import pad_rows, write_window
@@ -13,7 +14,11 @@ from perceiver_ar_jax.evaluation.text import compiled
 from perceiver_ar_jax.generation.prompt import bucket_size
 from perceiver_ar_jax.parallel import one_at_a_time
 from perceiver_ar_jax.pretrained import Pretrained
-from perceiver_ar_jax.training import Batch, token_log_probs_and_ranks
+from perceiver_ar_jax.training import (
+    Batch,
+    token_log_probs_and_likeliest,
+    token_log_probs_and_ranks,
+)
 
 
 class Scores(NamedTuple):
@@ -21,6 +26,14 @@ class Scores(NamedTuple):
 
     log_probs: np.ndarray  # (T,) float32, in nats
     ranks: np.ndarray  # (T,) int32, how many tokens are likelier; 0: greedy decoding chooses it
+
+
+class Predictions(NamedTuple):
+    """Of some tokens of a sequence, in order; log-probabilities are in nats."""
+
+    log_probs: np.ndarray  # (T,) float32
+    likeliest_ids: np.ndarray  # (T, A) int32, likeliest first
+    likeliest_log_probs: np.ndarray  # (T, A) float32
 
 
 class _Window(NamedTuple):
@@ -68,7 +81,7 @@ def score_sequences(
             raise ValueError(f"{count} of {len(tokens)} tokens cannot be scored: the first is read")
         scores.append(Scores(np.zeros(count, np.float32), np.zeros(count, np.int32)))
         for window in _windows(index, len(tokens), count, config):
-            by_length[min(bucket_size(window.length), config.max_seq_len)].append(window)
+            by_length[_padded_length(window, config)].append(window)
 
     batches = []  # (length, rows, windows)
     for length, windows in sorted(by_length.items()):
@@ -82,8 +95,7 @@ def score_sequences(
 
     def step(length_and_batch):
         length, batch = length_and_batch
-        prefix_len = max(0, length - config.max_latents)
-        run = compiled(token_log_probs_and_ranks, pretrained.model, prefix_len)
+        run = compiled(token_log_probs_and_ranks, pretrained.model, _prefix_len(length, config))
         return run(pretrained.params, batch)
 
     for (_, _, windows), results in zip(batches, one_at_a_time(step, arrays()), strict=True):
@@ -95,6 +107,36 @@ def score_sequences(
             for whole, result_BL in zip(scores[window.sequence], results, strict=True):
                 whole[first : first + count] = result_BL[row, -count:]
     return scores
+
+
+def predictions_by_window(
+    pretrained: Pretrained, tokens: np.ndarray | Sequence[int], *, num_likeliest: int
+) -> Iterator[Predictions]:
+    """Scores of all tokens but the first, and the likeliest tokens in the place of each.
+
+    Windows are as in `score_sequences`, but counted from the end, so that the last max_latents
+    tokens get what they would get if only they were scored. Each is computed when it is asked for.
+    """
+    model, config = pretrained.model, pretrained.config
+    num_ids = pretrained.tokenizer.vocab_size
+    more = {"count": min(num_likeliest, num_ids), "num_ids": num_ids}
+    rest = (len(tokens) - 1) % config.max_latents
+    first = _windows(0, rest + 1, rest, config)
+    for window in (*first, *_windows(0, len(tokens), len(tokens) - 1 - rest, config)):
+        length = _padded_length(window, config)
+        batch = _batch(pretrained, [(tokens, len(tokens) - 1)], length, 1, [window])
+        prefix_len = _prefix_len(length, config)
+        run = compiled(token_log_probs_and_likeliest, model, prefix_len, **more)
+        found = jax.device_get(run(pretrained.params, batch))
+        yield Predictions(*(x_1L[0, window.first - window.end :] for x_1L in found))
+
+
+def _padded_length(window, config):
+    return min(bucket_size(window.length), config.max_seq_len)
+
+
+def _prefix_len(length, config):
+    return max(0, length - config.max_latents)
 
 
 def _windows(sequence, length, count, config) -> Iterator[_Window]:

@@ -166,6 +166,6 @@ class _LossTable:
 
 
 @functools.cache
-def compiled(step: Callable, model: PerceiverAR, prefix_len: int) -> Callable:
+def compiled(step: Callable, model: PerceiverAR, prefix_len: int, **more: int) -> Callable:
     """A function of parameters and a batch, compiled once for each shape."""
-    return jax.jit(functools.partial(step, model=model, prefix_len=prefix_len))
+    return jax.jit(functools.partial(step, model=model, prefix_len=prefix_len, **more))

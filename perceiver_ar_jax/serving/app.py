@@ -67,7 +67,7 @@ def make_app(engine: Engine, *, name: str) -> FastAPI:
     )
     app.add_middleware(Guard)
     add_error_handlers(app)
-    config = engine.pretrained.config
+    config, tokenizer = engine.pretrained.config, engine.pretrained.tokenizer
     model = schema.Model(
         id=name,
         created=int(time.time()),
@@ -96,6 +96,23 @@ def make_app(engine: Engine, *, name: str) -> FastAPI:
     async def model_named(name: str) -> schema.Model:
         _check_name(name, model.id)
         return model
+
+    # As in vLLM, where lm-evaluation-harness looks for them.
+    @app.get("/tokenizer_info", responses={403: ERRORS[403]})
+    async def tokenizer_info() -> schema.TokenizerInfo:
+        return schema.TokenizerInfo(
+            eos_token_id=tokenizer.eos_id,
+            pad_token_id=tokenizer.pad_id,
+            vocab_size=tokenizer.vocab_size,
+        )
+
+    @app.post("/tokenize", responses={status: ERRORS[status] for status in (400, 403, 413)})
+    def tokenize(body: schema.Text) -> schema.Tokens:
+        return schema.Tokens(tokens=tokenizer.encode(valid_unicode(body.prompt)))
+
+    @app.post("/detokenize", responses={status: ERRORS[status] for status in (400, 403, 413)})
+    def detokenize(body: schema.Tokens) -> schema.Text:
+        return schema.Text(prompt=_decoded(tokenizer, body.tokens, "tokens"))
 
     @app.post("/v1/completions", responses=ERRORS)
     async def completions(body: schema.CompletionRequest, request: Request) -> schema.Completion:
@@ -132,21 +149,23 @@ class _Answer:
             )
         seed = secrets.randbelow(schema.MAX_SEED) if body.seed is None else body.seed
         keys = row_keys(seed, len(texts_and_ids) * n)
-        max_tokens = body.max_tokens or 16
+        max_tokens = 16 if body.max_tokens is None else body.max_tokens
         if max_tokens > engine.limits.max_tokens:
             raise BadRequest(
                 f"max_tokens={max_tokens} is more than {engine.limits.max_tokens}, the most that "
                 "one request may ask for",
                 param="max_tokens",
             )
-        if body.echo and body.logprobs is not None:
-            raise BadRequest("echo with logprobs is not supported", param="echo")
+        with_log_probs = body.logprobs is not None
+        scores_prompt = bool(body.echo) and with_log_probs
+        if not max_tokens and not scores_prompt:
+            raise BadRequest("max_tokens=0 needs echo and logprobs", param="max_tokens")
         if body.attention and not body.stream:
             raise BadRequest("attention needs stream=true", param="attention")
         stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
         self.rows, self._echoes = [], []
         for text, ids in texts_and_ids:
-            settings = _settings(body, ids, engine.pretrained)
+            settings = _settings(body, ids, engine.pretrained) if max_tokens else Settings()
             for _ in range(n):
                 index = len(self.rows)
 
@@ -163,10 +182,11 @@ class _Answer:
                         tokenizer=tokenizer,
                         emit=emit,
                         stop=stop,
-                        with_log_probs=body.logprobs is not None,
+                        with_log_probs=with_log_probs,
+                        scores_prompt=scores_prompt,
                     )
                 )
-                self._echoes.append(text if body.echo else "")
+                self._echoes.append(text if body.echo and not scores_prompt else "")
         self._offsets = [len(echo) for echo in self._echoes]
         self._head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
@@ -240,7 +260,8 @@ class _Answer:
             tokens=[token.text for token, _ in tokens],
             token_logprobs=[token.log_prob for token, _ in tokens],
             top_logprobs=[
-                dict(itertools.islice(token.alternatives.items(), wanted)) for token, _ in tokens
+                token.alternatives and dict(itertools.islice(token.alternatives.items(), wanted))
+                for token, _ in tokens
             ]
             if wanted
             else None,
@@ -301,11 +322,19 @@ def _prompts(prompt, tokenizer):
     if not prompt:
         raise BadRequest("prompt is empty", param="prompt")
     if isinstance(prompt[0], str):
-        return [(valid_unicode(text), tokenizer.encode(text)) for text in prompt]
+        found = [(valid_unicode(text), tokenizer.encode(text)) for text in prompt]
+    else:
+        found = [(_decoded(tokenizer, ids, "prompt"), ids) for ids in prompt]
+    if not all(ids for _, ids in found):
+        raise BadRequest("the prompt is empty", param="prompt")
+    return found
+
+
+def _decoded(tokenizer, ids, param):
     try:
-        return [(tokenizer.decode(ids), ids) for ids in prompt]
+        return tokenizer.decode(ids)
     except ValueError as error:
-        raise BadRequest(str(error), param="prompt") from None
+        raise BadRequest(str(error), param=param) from None
 
 
 def _settings(body, ids, pretrained):
@@ -323,7 +352,7 @@ def _settings(body, ids, pretrained):
     try:
         prompts.check(*prompts.as_rows([ids], None), num_latents or least, config)
     except ValueError as error:
-        raise BadRequest(str(error), param="num_latents" if ids else "prompt") from None
+        raise BadRequest(str(error), param="num_latents") from None
     temperature = 1.0 if body.temperature is None else body.temperature
     samples = temperature >= GREEDY_BELOW
     return Settings(

@@ -1,21 +1,26 @@
-"""The thread that runs the model: continuations that wait become batches, which take turns."""
+"""The thread that runs the model: continuations that wait become batches, which take turns.
+
+A prompt whose scores are wanted takes its turns first, a window each, and then waits for a batch.
+"""
 
 import collections
 import dataclasses
+import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 from absl import logging
 
+from perceiver_ar_jax.evaluation.scores import Predictions, predictions_by_window
 from perceiver_ar_jax.generation import Generation, Options
 from perceiver_ar_jax.generation.options import GREEDY_BELOW
 from perceiver_ar_jax.generation.prompt import default_num_latents
 from perceiver_ar_jax.pretrained import Pretrained
 from perceiver_ar_jax.serving.rows import Row
 
-MAX_BATCHES = 4  # that take turns, each with a cache of its own
+MAX_JOBS = 4  # that take turns: batches, each with a cache of its own, and prompts to score
 # Likeliest tokens to keep of each place: always, so that there is one program for all requests.
 MAX_ALTERNATIVES = 5
 
@@ -47,13 +52,13 @@ class Limits:
 class Engine:
     """Continues rows, in batches of those with the same settings, on a thread of its own.
 
-    Between two tokens of a batch it looks for new rows and drops batches that nobody wants.
+    Between two turns it looks for new rows and drops jobs that nobody wants.
     """
 
     def __init__(self, pretrained: Pretrained, limits: Limits):
         self.pretrained, self.limits = pretrained, limits
         self._waiting: collections.deque[Row] = collections.deque()
-        self._batches: collections.deque[_Batch] = collections.deque()
+        self._jobs: collections.deque[_Batch | _Scoring] = collections.deque()
         self.num_tokens = 0  # computed for clients since the start
         self._closed = False
         self._changed = threading.Condition()
@@ -62,8 +67,8 @@ class Engine:
 
     @property
     def running(self) -> int:
-        """Continuations in a batch."""
-        return sum(not row.done for batch in tuple(self._batches) for row in batch.rows)
+        """Continuations in a batch, and those whose prompt is scored."""
+        return sum(not row.done for job in tuple(self._jobs) for row in job.rows)
 
     @property
     def waiting(self) -> int:
@@ -100,36 +105,68 @@ class Engine:
     def _run(self):
         while True:
             with self._changed:
-                while not (self._closed or self._waiting or self._batches):
+                while not (self._closed or self._waiting or self._jobs):
                     self._changed.wait()
                 if self._closed:
                     break
-                rows = self._next_rows() if len(self._batches) < MAX_BATCHES else []
-            if rows:
-                self._batches.append(_Batch(rows))
-            if self._batches:
-                self._advance(self._batches[0])
-                self._batches.rotate(-1)
-                while self._batches and self._batches[-1].done:
-                    self._batches.pop()
-        for row in (*self._waiting, *(row for batch in self._batches for row in batch.rows)):
+                job = self._next_job() if len(self._jobs) < MAX_JOBS else None
+            if job:
+                self._jobs.append(job)
+            if self._jobs:
+                self._advance(self._jobs[0])
+                self._jobs.rotate(-1)
+                while self._jobs and self._jobs[-1].done:
+                    job = self._jobs.pop()
+                    with self._changed:  # a prompt that was scored
+                        self._waiting.extend(row for row in job.rows if not row.done)
+        for row in (*self._waiting, *(row for job in self._jobs for row in job.rows)):
             row.fail("the server is shutting down")
 
-    def _advance(self, batch):
+    def _advance(self, job):
         try:
-            self.num_tokens += batch.advance(self.pretrained)
-        except Exception as error:  # such as a lack of memory; other batches may go on
-            logging.exception("a batch of %d failed", len(batch.rows))
-            for row in batch.rows:
+            self.num_tokens += job.advance(self.pretrained)
+        except Exception as error:  # such as a lack of memory; other jobs may go on
+            logging.exception("a job of %d rows failed", len(job.rows))
+            for row in job.rows:
                 row.fail(f"generation failed: {type(error).__name__}")
 
-    def _next_rows(self):
-        """The first row that waits, and others with its settings; at most max_batch."""
+    def _next_job(self):
+        """For the first row that waits: scoring, or a batch with others of its settings."""
         waiting = [row for row in self._waiting if not row.done]
-        same = [row for row in waiting if row.settings == waiting[0].settings]
-        rows = same[: self.limits.max_batch]
+        rows = waiting[:1]
+        if rows and not rows[0].scores_prompt:
+            kind = lambda row: (row.settings, row.scores_prompt)
+            rows = [row for row in waiting if kind(row) == kind(rows[0])][: self.limits.max_batch]
         self._waiting = collections.deque(row for row in waiting if row not in rows)
-        return rows
+        if not rows:
+            return None
+        return _Scoring(*rows) if rows[0].scores_prompt else _Batch(rows)
+
+
+class _Scoring:
+    """A row whose client wants the scores of its prompt."""
+
+    def __init__(self, row: Row):
+        self.rows = [row]
+        self._windows: Iterator[Predictions] | None = None
+
+    @property
+    def done(self) -> bool:
+        (row,) = self.rows
+        return row.done or not row.scores_prompt
+
+    def advance(self, pretrained: Pretrained) -> int:
+        """One more window of the prompt; no new tokens."""
+        (row,) = self.rows
+        if self._windows is None:
+            self._windows = predictions_by_window(
+                pretrained, row.prompt, num_likeliest=MAX_ALTERNATIVES
+            )
+            row.push_prompt()
+        for window in () if self.done else itertools.islice(self._windows, 1):
+            for log_prob, *likeliest in zip(*window, strict=True):
+                row.push_prompt(log_prob, _pairs(*likeliest))
+        return 0
 
 
 class _Batch:
@@ -154,15 +191,17 @@ class _Batch:
         if self.rows[0].settings.attention:
             attention_BK = self._generation.newest_attention()
         for b, row in enumerate(self.rows):
-            ids_A, log_probs_A = step.alternative_ids_BA[b], step.alternative_log_probs_BA[b]
-            alternatives = list(zip(ids_A.tolist(), log_probs_A.tolist(), strict=True))
             row.push(
                 int(step.tokens_B[b]),
                 step.log_probs_B[b],
-                alternatives,
+                _pairs(step.alternative_ids_BA[b], step.alternative_log_probs_BA[b]),
                 None if attention_BK is None else attention_BK[b],
             )
         return wanted
+
+
+def _pairs(ids_A, log_probs_A):
+    return list(zip(ids_A.tolist(), log_probs_A.tolist(), strict=True))
 
 
 def _generation(pretrained, rows):

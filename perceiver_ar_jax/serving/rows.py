@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from perceiver_ar_jax.text_generation import NewText
-from perceiver_ar_jax.tokenizers import Tokenizer
+from perceiver_ar_jax.tokenizers import TextStream, Tokenizer
 
 LEAST_LOG_PROB = -9999.0  # JSON has no infinity
 CONTEXT = 8  # tokens that decide how the next one is written
@@ -30,11 +30,11 @@ class Settings:
 
 
 class Token(NamedTuple):
-    """A new token, as a client sees it."""
+    """A token, as a client sees it; nothing predicts the first one of a prompt."""
 
     text: str
-    log_prob: float
-    alternatives: dict[str, float]
+    log_prob: float | None
+    alternatives: dict[str, float] | None
 
 
 class Piece(NamedTuple):
@@ -61,12 +61,15 @@ class Row:
         emit: Callable[[Piece], None],
         stop: Sequence[str] = (),
         with_log_probs: bool = False,
+        scores_prompt: bool = False,
     ):
         self.prompt, self.settings, self.key, self.max_tokens = prompt, settings, key, max_tokens
         self.num_tokens = 0
         self.done = False  # nothing more is wanted: it has ended, or its client has left
         self._tokenizer, self._emit, self._stop = tokenizer, emit, stop
         self._with_log_probs = with_log_probs
+        self.scores_prompt = scores_prompt  # until its tokens have been pushed
+        self._prompt_text, self._num_pushed = TextStream(tokenizer), 0
         self._text = NewText(tokenizer, prompt)
         self._last = prompt[-CONTEXT:]
         self._held: list[Piece] = []  # may be the beginning of a stop
@@ -81,6 +84,22 @@ class Row:
             self.done = True
             self._emit(Piece("", error=error))
 
+    def push_prompt(
+        self, log_prob: float | None = None, alternatives: Sequence[tuple[int, float]] | None = None
+    ) -> None:
+        """The score of the next token of the prompt; the first has none."""
+        if self.done:
+            return
+        place, self._num_pushed = self._num_pushed, self._num_pushed + 1
+        self.scores_prompt = self._num_pushed < len(self.prompt)
+        token, before = self.prompt[place], self.prompt[max(place - CONTEXT, 0) : place]
+        text = self._prompt_text.push(token)
+        if not self.scores_prompt:
+            text += self._prompt_text.flush()
+        self._emit(Piece(text, self._token(before, token, log_prob, alternatives)))
+        if not self.scores_prompt and not self.max_tokens:
+            self._end("length")
+
     def push(
         self,
         token: int,
@@ -91,21 +110,21 @@ class Row:
         """One more token; `attention` is (K,), oldest first."""
         if self.done:
             return
-        if token == self._tokenizer.eos_id:
-            self._finish("stop")
-            return
         self.num_tokens += 1
         shown = None
         if self._with_log_probs:
-            shown = Token(self._token_text(token), _finite(log_prob), self._by_text(alternatives))
+            shown = self._token(self._last, token, log_prob, alternatives)
         parts = None if attention is None else self._parts(attention)
+        if token == self._tokenizer.eos_id:
+            self._finish("stop", shown, parts)
+            return
         self._held.append(Piece(self._text.push(token), shown, parts))
         self._last = [*self._last, token][-CONTEXT:]
         if not self._release() and self.num_tokens == self.max_tokens:
             self._finish("length")
 
-    def _finish(self, reason):
-        self._held.append(Piece(self._text.flush()))
+    def _finish(self, reason, *of_end):
+        self._held.append(Piece(self._text.flush(), *of_end))
         if not self._release(last=True):
             self._end(reason)
 
@@ -135,17 +154,18 @@ class Row:
                 self._emit(piece)
         return False
 
-    def _token_text(self, token):
-        """What a token adds to the text; its number if it prints nothing."""
-        before = self._tokenizer.decode_raw(self._last).rstrip("\ufffd")
-        after = self._tokenizer.decode_raw([*self._last, token])
-        return after[len(before) :] or f"<{token}>"
-
-    def _by_text(self, alternatives):
+    def _token(self, before, token, log_prob, alternatives):
+        if log_prob is None:
+            return Token(self._token_text(before, token), None, None)
         likeliest: dict[str, float] = {}
-        for token, log_prob in alternatives:
-            likeliest.setdefault(self._token_text(token), _finite(log_prob))
-        return likeliest
+        for other, of_other in alternatives:
+            likeliest.setdefault(self._token_text(before, other), _finite(of_other))
+        return Token(self._token_text(before, token), _finite(log_prob), likeliest)
+
+    def _token_text(self, before, token):
+        """What a token adds to the text of those before; its number if it prints nothing."""
+        shown = self._tokenizer.decode_raw(before).rstrip("\ufffd")
+        return self._tokenizer.decode_raw([*before, token])[len(shown) :] or f"<{token}>"
 
     def _parts(self, weights_K):
         """Shares of what was read, of at most MAX_PARTS equal stretches of the text."""

@@ -23,8 +23,10 @@ class CompletionRequest(BaseModel):
         description="One text or several, or their token ids; none of them empty."
     )
     model: str | None = Field(None, description="Of /v1/models; null takes the one there is.")
-    max_tokens: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="How many tokens to add at most; null is 16."
+    max_tokens: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="How many tokens to add at most; null is 16. 0, with echo and logprobs, only "
+        "scores the prompt, which may then be longer than max_seq_len.",
     )
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = Field(
         None, description="Below 1e-6 the most likely token; null is 1."
@@ -41,11 +43,15 @@ class CompletionRequest(BaseModel):
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = Field(
         None, description="The same seed gives the same text; null draws one."
     )
-    echo: bool | None = Field(None, description="Begin the text with the prompt.")
+    echo: bool | None = Field(
+        None,
+        description="Begin the text with the prompt; with logprobs, as its tokens spell it, and "
+        "with their log-probabilities.",
+    )
     logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = Field(
         None,
         description="Give the log-probability of each new token in nats, the model's own before "
-        "temperature and filters, and those of so many likeliest tokens.",
+        "temperature and filters, and those of so many likeliest tokens. An end of text counts.",
     )
     stream: bool | None = Field(None, description="Send each token as a server-sent event.")
     stream_options: "StreamOptions | None" = None
@@ -91,11 +97,11 @@ class StreamOptions(BaseModel):
 
 
 class LogProbs(BaseModel):
-    """Of each new token, in nats; -9999 stands for minus infinity."""
+    """Of each token, in nats; -9999 stands for minus infinity, null for the first of a prompt."""
 
     tokens: list[str]  # a token that completes no character is or ends with U+FFFD
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]  # where each token begins in the text
 
 
@@ -145,6 +151,30 @@ class Models(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[Model]
+
+
+class TokenizerInfo(BaseModel):
+    """The tokenizer; its special tokens have ids, and no text."""
+
+    eos_token: None = None
+    eos_token_id: int
+    pad_token_id: int
+    vocab_size: int
+
+
+class Text(BaseModel):
+    """A text to tokenize; special tokens are never added."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    prompt: str
+    add_special_tokens: bool | None = Field(None, description="Ignored.")
+
+
+class Tokens(BaseModel):
+    """Ids of a text."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    tokens: list[TokenId]
 
 
 class Health(BaseModel):

@@ -37,7 +37,12 @@ class ByteTokenizer(Tokenizer):
     def save(self, folder: str | Path) -> Path:
         """Writes what transformers' AutoTokenizer reads as well; returns the file's path."""
         path = epath.Path(folder) / BYTES_FILE
-        path.write_text(json.dumps({"tokenizer_class": BYTES_CLASS, "model_max_length": 2048}))
+        description = {
+            "tokenizer_class": BYTES_CLASS,
+            "model_max_length": 2048,
+            "clean_up_tokenization_spaces": False,
+        }
+        path.write_text(json.dumps(description))
         return path
 
 

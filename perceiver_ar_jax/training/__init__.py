@@ -8,6 +8,7 @@ from perceiver_ar_jax.training.state import Batch, TrainState, state_shardings
 from perceiver_ar_jax.training.step import (
     eval_step,
     token_log_probs,
+    token_log_probs_and_likeliest,
     token_log_probs_and_ranks,
     train_step,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "make_optimizer",
     "state_shardings",
     "token_log_probs",
+    "token_log_probs_and_likeliest",
     "token_log_probs_and_ranks",
     "train_step",
 ]

@@ -63,12 +63,35 @@ def token_nats_and_ranks(
     return _over_chunks(nats_and_ranks, hidden_BLD, embedding_VD, bias_V, targets_BL)
 
 
+def token_nats_and_likeliest(
+    hidden_BLD: jax.Array,
+    embedding_VD: jax.Array | DecodingKernel,
+    bias_V: jax.Array | None,
+    targets_BL: jax.Array,
+    *,
+    count: int,
+    num_ids: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`token_nats`, and the `count` likeliest of the first `num_ids` ids with their nats.
+
+    Both are (B, L, A), likeliest first; a target among them has the same nats in both places.
+    """
+
+    def nats_and_likeliest(logits_BCV, targets_BC):
+        top_BCA, ids_BCA = jax.lax.top_k(logits_BCV[..., :num_ids], count)
+        log_sum_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+        nats_BC = log_sum_BC - _at(logits_BCV, targets_BC)
+        return nats_BC, ids_BCA, log_sum_BC[..., None] - top_BCA
+
+    return _over_chunks(nats_and_likeliest, hidden_BLD, embedding_VD, bias_V, targets_BL)
+
+
 def _nats(logits_BCV, targets_BC):
     return jax.nn.logsumexp(logits_BCV, axis=-1) - _at(logits_BCV, targets_BC)
 
 
 def _over_chunks(function, hidden_BLD, embedding_VD, bias_V, targets_BL):
-    """A function of logits and targets, (B, L); only one chunk's logits exist at a time."""
+    """A function of logits and targets, (B, L, …); only one chunk's logits exist at a time."""
     bias_V = _bias(bias_V, embedding_VD)
 
     def of_chunk(_, chunk):
@@ -77,7 +100,8 @@ def _over_chunks(function, hidden_BLD, embedding_VD, bias_V, targets_BL):
 
     chunks = _chunks(len(bias_V), hidden_BLD, targets_BL)
     _, results = jax.lax.scan(of_chunk, None, chunks)
-    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(targets_BL.shape), results)
+    joined = lambda x: jnp.swapaxes(x, 0, 1).reshape(*targets_BL.shape, *x.shape[3:])
+    return jax.tree.map(joined, results)
 
 
 @jax.custom_vjp

@@ -12,7 +12,12 @@ import optax
 
 from perceiver_ar_jax.model import PerceiverAR
 from perceiver_ar_jax.parallel import on_own_rows
-from perceiver_ar_jax.training.losses import cross_entropy, token_nats, token_nats_and_ranks
+from perceiver_ar_jax.training.losses import (
+    cross_entropy,
+    token_nats,
+    token_nats_and_likeliest,
+    token_nats_and_ranks,
+)
 from perceiver_ar_jax.training.state import Batch, TrainState
 
 
@@ -93,6 +98,18 @@ def token_log_probs_and_ranks(
     inputs = _head_inputs(params, batch, model=model, prefix_len=prefix_len)
     nats_BL, ranks_BL = token_nats_and_ranks(*inputs)
     return -nats_BL, ranks_BL
+
+
+def token_log_probs_and_likeliest(
+    params: Any, batch: Batch, *, model: PerceiverAR, prefix_len: int, count: int, num_ids: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`token_log_probs`; ids and log-probabilities of the likeliest tokens, (B, L, A) each.
+
+    Those are the `count` likeliest of the first `num_ids` ids, likeliest first.
+    """
+    inputs = _head_inputs(params, batch, model=model, prefix_len=prefix_len)
+    nats_BL, ids_BLA, nats_BLA = token_nats_and_likeliest(*inputs, count=count, num_ids=num_ids)
+    return -nats_BL, ids_BLA, -nats_BLA
 
 
 def loss_sum(
