@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -65,6 +66,7 @@ class Row:
     ):
         self.prompt, self.settings, self.key, self.max_tokens = prompt, settings, key, max_tokens
         self.num_tokens = 0
+        self.arrived = time.monotonic()
         self.done = False  # nothing more is wanted: it has ended, or its client has left
         self._tokenizer, self._emit, self._stop = tokenizer, emit, stop
         self._with_log_probs = with_log_probs
