@@ -33,7 +33,6 @@ from perceiver_ar_jax.conversion.verification import (
 from perceiver_ar_jax.conversion.writers import new_folder
 from perceiver_ar_jax.pretrained import (
     CHECKPOINTS_FOLDER,
-    TOKENIZER_FOLDER,
     Pretrained,
     load_pretrained,
     save_pretrained,
@@ -84,10 +83,7 @@ def convert_from_torch(
         with _timed(seconds, "convert"):
             params = rules.to_flax(tensors, config)
         with _timed(seconds, "write"):
-            if chosen_tokenizer is not None:
-                (folder / TOKENIZER_FOLDER).mkdir()
-                chosen_tokenizer.save(folder / TOKENIZER_FOLDER)
-            save_pretrained(folder, config, params)
+            save_pretrained(folder, config, params, tokenizer=chosen_tokenizer)
         del params
         if verify_rows:
             with _timed(seconds, "verify"):

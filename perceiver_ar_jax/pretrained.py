@@ -8,10 +8,8 @@ step 0.
 import dataclasses
 import functools
 import json
-import shutil
-import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from perceiver_ar_jax._version import __version__
 from perceiver_ar_jax.config import PerceiverARConfig
 from perceiver_ar_jax.model import PerceiverAR, init_params, prepare_for_decoding
 from perceiver_ar_jax.model.decoding_params import DecodingKernel, check_weights
+from perceiver_ar_jax.tokenizers import Tokenizer
 
 CONFIG_FILE, TOKENIZER_FOLDER, CHECKPOINTS_FOLDER = "config.json", "tokenizer", "checkpoints"
 
@@ -102,14 +101,13 @@ class Pretrained:
         folder = Path(folder)
         if (folder / CONFIG_FILE).exists():
             raise ValueError(f"{folder} has a {CONFIG_FILE} already: name another folder")
-        with tempfile.TemporaryDirectory() as files:
-            save_pretrained(
-                folder,
-                self.config,
-                self.params,
-                tokenizer_files=[self.tokenizer.save(files)] if self.tokenizer else [],
-                respect_documents=self.respect_documents,
-            )
+        save_pretrained(
+            folder,
+            self.config,
+            self.params,
+            tokenizer=self.tokenizer,
+            respect_documents=self.respect_documents,
+        )
 
     def push_to_hub(
         self,
@@ -217,7 +215,7 @@ def save_pretrained(
     config: PerceiverARConfig,
     params: Any,
     *,
-    tokenizer_files: Iterable[str | Path] = (),
+    tokenizer: Tokenizer | None = None,
     respect_documents: bool = False,
 ) -> None:
     """Writes a folder that `load_pretrained` reads.
@@ -226,18 +224,20 @@ def save_pretrained(
       folder: created if it does not exist.
       config: of the model.
       params: nested dicts of arrays.
-      tokenizer_files: copied into it, under the names they have.
+      tokenizer: as `load_tokenizer` gives it, whatever its file was called.
       respect_documents: whether the model was trained with attention inside documents only.
+
+    Raises:
+      ValueError: the tokenizer has more ids than the model.
     """
     from perceiver_ar_jax.training.checkpoint import Checkpointer
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     sha256 = None
-    for file in map(Path, tokenizer_files):
+    if tokenizer is not None:
         (folder / TOKENIZER_FOLDER).mkdir(exist_ok=True)
-        shutil.copyfile(file, folder / TOKENIZER_FOLDER / file.name)
-    if (folder / TOKENIZER_FOLDER).is_dir():
+        tokenizer.save(folder / TOKENIZER_FOLDER)
         sha256 = _load_tokenizer(folder / TOKENIZER_FOLDER, config).sha256
     checkpointer = Checkpointer(folder / CHECKPOINTS_FOLDER)
     checkpointer.save_params(jax.tree.map(jax.device_put, params))

@@ -1,7 +1,10 @@
-"""What a run says of itself before it begins: sizes, devices, data, and what a step takes."""
+"""What a run says before it begins, of sizes, devices and data, and at its end, of what is next."""
 
 import math
 import os
+import shlex
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from perceiver_ar_jax.command_line import program
 from perceiver_ar_jax.data import Loader
 from perceiver_ar_jax.lowering import abstract_state
 from perceiver_ar_jax.run_config import RunConfig
@@ -73,6 +77,30 @@ def memory_lines(compiled: jax.stages.Compiled, num_local_devices: int) -> Itera
             f"{available / GIB:.1f} GiB for each. Lower batch_size, raise microbatches, set "
             "model.remat=full, or use more devices with an fsdp axis"
         )
+
+
+def next_commands(run: RunConfig, workdir: epath.Path) -> Iterator[str]:
+    """Commands that sample from a finished run and evaluate it, to paste where it was started."""
+    settings, model = run.sample, f"--model={shlex.quote(str(workdir))}"
+    prompt = shlex.quote(" ".join(settings.prompt.split()) or "The")
+    filters = f" --top_k={settings.top_k}" if settings.top_k else ""
+    yield (
+        f"sample     {_command('sample')} {model} --prompt={prompt} "
+        f"--temperature={settings.temperature:g}{filters}"
+    )
+    text = shlex.quote(run.eval_data.source)
+    yield (
+        f"evaluate   {_command('evaluate')} {model} --text={text} "
+        f"--split={shlex.quote(run.eval_data.split)}"
+    )
+
+
+def _command(name: str) -> str:
+    """As the run itself was started: with the script beside its own, or `perceiver-ar`."""
+    if not program().endswith(".py"):
+        return f"perceiver-ar {name}"
+    python = "python" if shutil.which("python") == sys.executable else sys.executable
+    return f"{python} {os.path.join(os.path.dirname(sys.argv[0]), f'{name}.py')}"
 
 
 def available_memory(num_local_devices: int) -> tuple[float | None, str]:

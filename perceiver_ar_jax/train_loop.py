@@ -41,7 +41,7 @@ from perceiver_ar_jax.parallel.chips import chip_of
 from perceiver_ar_jax.preemption import Preemption
 from perceiver_ar_jax.pretrained import CHECKPOINTS_FOLDER
 from perceiver_ar_jax.run_config import RunConfig
-from perceiver_ar_jax.run_header import header, memory_lines
+from perceiver_ar_jax.run_header import header, memory_lines, next_commands
 from perceiver_ar_jax.samples import Sampler
 from perceiver_ar_jax.self_check import check_device
 from perceiver_ar_jax.tokenizers import Tokenizer, load_tokenizer
@@ -136,7 +136,10 @@ def _run(run: RunConfig, workdir: epath.Path, *, dry_run: bool) -> int:
             saved=step if is_resumed else 0,
             profile_dir=workdir / "profile",
         )
-        return loop.train(sample_first=origin.is_trained)
+        code = loop.train(sample_first=origin.is_trained)
+        for line in next_commands(run, workdir) if code == DONE else ():
+            _say(line)
+        return code
 
 
 @dataclasses.dataclass

@@ -203,9 +203,7 @@ def tokenizer_with_a_larger_vocabulary(here):
 )
 def tokenizer_other_than_the_checkpoints(here):
     config = small_config(vocab_size=300, num_self_attention_layers=0)
-    tokenizer = here / "tokenizer_config.json"
-    ByteTokenizer().save(here)
-    save_pretrained(here / "model", config, random_params(config), tokenizer_files=[tokenizer])
+    save_pretrained(here / "model", config, random_params(config), tokenizer=ByteTokenizer())
     texts = [f"The house number {i} sees another river, (as ever)." for i in range(100)]
     train_sentencepiece(texts, here / "model" / "tokenizer" / "spiece.model", 290)
     load_pretrained(here / "model")

@@ -40,8 +40,7 @@ def model_folder(tmp_path_factory) -> Path:
         num_self_attention_layers=1,
     )
     params = init_params(PerceiverAR(config), jax.random.key(0))
-    tokenizer = ByteTokenizer().save(folder)
-    save_pretrained(folder / "ours", config, params, tokenizer_files=[tokenizer])
+    save_pretrained(folder / "ours", config, params, tokenizer=ByteTokenizer())
     return folder / "ours"
 
 

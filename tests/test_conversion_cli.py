@@ -105,7 +105,11 @@ def test_help_shows_defaults_and_an_example_and_imports_nothing_heavy():
 
 
 def test_the_tokenizer_beside_the_weights_comes_along_both_ways(hub_folder, tmp_path):
-    tokenizer = {"tokenizer_class": "PerceiverTokenizer", "model_max_length": 2048}
+    tokenizer = {
+        "tokenizer_class": "PerceiverTokenizer",
+        "model_max_length": 2048,
+        "clean_up_tokenization_spaces": False,
+    }
     big = MODEL.replace(vocab_size=262)
     write_hub_folder(hub_folder, big, random_tensors(big))
     (hub_folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
@@ -175,9 +179,9 @@ def test_a_tensor_that_does_not_come_back_ends_with_code_1(
 ):
     save = convert.save_pretrained
 
-    def save_something_else(folder, config, params):
+    def save_something_else(folder, config, params, **more):
         params["output_bias"] = params["output_bias"] + 1
-        save(folder, config, params)
+        save(folder, config, params, **more)
 
     monkeypatch.setattr(convert, "save_pretrained", save_something_else)
     pretend_reference(monkeypatch, lambda logits: logits)

@@ -186,8 +186,7 @@ metric_list: [{{metric: exact_match}}]
 def test_two_tasks_run_through_the_real_harness_without_a_network(tmp_path):
     """The answers are what the model prefers or writes, all but one, so that scores are known."""
     model = pretrained()
-    files = [BYTES.save(tmp_path)]
-    save_pretrained(tmp_path / "model", CONFIG, model.params, tokenizer_files=files)
+    save_pretrained(tmp_path / "model", CONFIG, model.params, tokenizer=BYTES)
     choices = [[" one", " two", " six"], [" red", " tan"], [" up", " on", " at", " by"]]
     documents = []
     for question, words in zip(("a river", "b", "the yellow house"), choices, strict=True):

@@ -143,9 +143,7 @@ def test_every_policy_and_search_gets_a_row(monkeypatch):
 
 
 def test_a_probe_is_one_command(tmp_path):
-    save_pretrained(
-        tmp_path / "model", CONFIG, random_params(CONFIG), tokenizer_files=[BYTES.save(tmp_path)]
-    )
+    save_pretrained(tmp_path / "model", CONFIG, random_params(CONFIG), tokenizer=BYTES)
     (tmp_path / "text.txt").write_text(BYTES.decode(text_tokens(300).tolist()))
     output, text = tmp_path / "result.json", f"--text={tmp_path / 'text.txt'}"
     command = [sys.executable, "evaluate.py", f"--model={tmp_path / 'model'}", text]

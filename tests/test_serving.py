@@ -19,7 +19,6 @@ from small_models import random_params, small_config
 
 from perceiver_ar_jax import PerceiverAR, Pretrained
 from perceiver_ar_jax.evaluation.scores import score_sequences
-from perceiver_ar_jax.pretrained import save_pretrained
 from perceiver_ar_jax.tokenizers import ByteTokenizer
 
 openai = pytest.importorskip("openai", reason="the client that these tests use")
@@ -41,8 +40,7 @@ def pretrained():
 def server(pretrained, tmp_path_factory):
     """The process; `port` is where it listens."""
     folder = tmp_path_factory.mktemp("served")
-    tokenizer = pretrained.tokenizer.save(folder)
-    save_pretrained(folder / "small", CONFIG, pretrained.params, tokenizer_files=[tokenizer])
+    pretrained.save_pretrained(folder / "small")
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": xla_flags(num_devices=1),

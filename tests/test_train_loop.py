@@ -100,7 +100,9 @@ def test_sigterm_saves_the_current_step_and_leaves_with_143(text, tmp_path):
     assert step == max(losses(tmp_path))
 
 
-def test_a_signal_during_an_evaluation_saves_the_current_step_too(text, tmp_path, monkeypatch):
+def test_a_signal_during_an_evaluation_saves_the_current_step_too(
+    text, tmp_path, monkeypatch, capsys
+):
     def preempted(*arguments, **options):
         result = evaluate(*arguments, **options)
         if (tmp_path / "metrics.jsonl").stat().st_size > 200:  # not in the one before step 1
@@ -110,6 +112,7 @@ def test_a_signal_during_an_evaluation_saves_the_current_step_too(text, tmp_path
     monkeypatch.setattr(train_loop, "evaluate", preempted)
     assert train(small_run(text, eval_every=3), tmp_path) == 143
     assert load_pretrained(tmp_path).step == 3
+    assert "--model=" not in capsys.readouterr().out  # it goes on with the same command
 
 
 def test_a_non_finite_loss_stops_the_run_and_is_never_saved(text, tmp_path, capsys):

@@ -1,6 +1,8 @@
 """Where a run's first weights come from, what is compared before, and when anything is written."""
 
 import json
+import shlex
+import sys
 import types
 from pathlib import Path
 
@@ -12,10 +14,11 @@ from small_models import random_params
 from small_runs import small_run, train, write_text
 
 from perceiver_ar_jax import PerceiverARConfig, load_pretrained, train_loop
+from perceiver_ar_jax.commands import evaluate, sample
 from perceiver_ar_jax.pretrained import save_pretrained
 from perceiver_ar_jax.run_config import RunConfig
 from perceiver_ar_jax.run_header import memory_lines
-from perceiver_ar_jax.tokenizers import ByteTokenizer, train_sentencepiece
+from perceiver_ar_jax.tokenizers import ByteTokenizer, load_tokenizer, train_sentencepiece
 
 FREQUENCIES = (0.75, 0.25, 0.125, 0.0625)
 
@@ -40,8 +43,7 @@ def given(text, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("given")
     model = RunConfig.from_config(quick_run(text)).model
     model = model.replace(rotary_inv_freq=FREQUENCIES, param_dtype="bfloat16")
-    tokenizer = ByteTokenizer().save(folder)
-    save_pretrained(folder / "given", model, random_params(model), tokenizer_files=[tokenizer])
+    save_pretrained(folder / "given", model, random_params(model), tokenizer=ByteTokenizer())
     return folder / "given"
 
 
@@ -98,11 +100,12 @@ def test_a_mistyped_resume_from_is_named_and_left_alone(text, tmp_path):
 
 def test_weights_of_another_tokenizer_are_refused_unless_they_may(text, tmp_path):
     texts = [f"The house number {i} sees another river, (as ever)." for i in range(100)]
-    train_sentencepiece(texts, tmp_path / "spiece.model", 290)
+    train_sentencepiece(texts, tmp_path / "mine.model", 290)
     config = quick_run(text, init_from=str(tmp_path / "given"), model={"vocab_size": 300})
     model = RunConfig.from_config(config).model
-    tokenizer = tmp_path / "spiece.model"
-    save_pretrained(tmp_path / "given", model, random_params(model), tokenizer_files=[tokenizer])
+    tokenizer = load_tokenizer(tmp_path / "mine.model")
+    save_pretrained(tmp_path / "given", model, random_params(model), tokenizer=tokenizer)
+    assert load_pretrained(tmp_path / "given").tokenizer.sha256 == tokenizer.sha256
     with pytest.raises(ValueError, match=r"the tokenizer of .*given \(sha256 \w{12}…\) is not"):
         train(config, tmp_path / "run")
     config.data.allow_change = True
@@ -122,13 +125,26 @@ def test_a_finished_run_says_so_at_once_and_compiles_nothing(text, first, capsys
     assert "already at step 1 of 1; raise config.steps to go on" in capsys.readouterr().out
 
 
-def test_a_model_without_prefix_trains_and_samples(text, tmp_path, capsys):
+def test_a_model_without_prefix_trains_and_samples(text, tmp_path, capsys, monkeypatch):
     config = quick_run(text, model={"max_latents": 64, "max_seq_len": 64})
     config.sample.prompt = "The river runs"
+    monkeypatch.setattr(sys, "argv", ["perceiver-ar train"])
     assert train(config, tmp_path) == train_loop.DONE
     said = capsys.readouterr().out
     assert "sample at step 1:\nThe river runs" in said
     assert "sample at step 0" not in said  # of weights that nothing has trained
+    commands = [line.split(maxsplit=3)[1:] for line in said.splitlines()[-2:]]
+    assert [command[:2] for command in commands] == [
+        ["perceiver-ar", "sample"],
+        ["perceiver-ar", "evaluate"],
+    ]
+    to_sample, to_evaluate = (
+        command._parser().parse_args(shlex.split(arguments))
+        for command, (*_, arguments) in zip((sample, evaluate), commands, strict=True)
+    )
+    assert to_sample.model == to_evaluate.model == str(tmp_path)
+    assert to_sample.prompt == ["The river runs"]
+    assert (to_evaluate.text, to_evaluate.split) == (str(text), "validation")
 
 
 def test_a_prompt_that_the_model_cannot_read_is_refused_at_the_start(text, tmp_path):
