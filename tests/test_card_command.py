@@ -8,6 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 from hub_cache import write_hub_cache
+from quick_compilation import xla_flags
 
 pytest.importorskip("huggingface_hub", reason="needs the [hub] extra")
 COMMAND = ["python", "train.py", "--config=configs/c4_base.py"]
@@ -46,7 +47,7 @@ def machine(shared_data, tmp_path_factory) -> dict[str, str]:
 def test_the_command_of_the_card_trains_and_typed_again_resumes(machine, tmp_path, devices, mesh):
     environment = machine | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": xla_flags(devices),
     }
     for name in ("train.py", "configs"):
         (tmp_path / name).symlink_to(ROOT / name)

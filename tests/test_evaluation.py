@@ -72,6 +72,21 @@ def test_tables_cover_every_token_and_words_and_bytes_are_those_of_the_text(tmp_
     np.testing.assert_allclose(result.bits_per_byte, 20 * result.loss / np.log(2) / 19)
 
 
+def test_progress_counts_batches_that_are_scored_and_not_those_read_ahead(tmp_path):
+    config, sizes = small_config(vocab_size=262), []
+    batches = text_batches(tmp_path, config)
+
+    def track(results):
+        for nats_K in results:
+            sizes.append(len(nats_K))
+            yield nats_K
+
+    params = random_params(config)
+    result = evaluate_in_detail(params, batches, model=PerceiverAR(config), track=track)
+    assert len(sizes) == len(batches) > 1
+    assert sum(sizes) == result.num_tokens
+
+
 def test_a_perplexity_of_words_beyond_floats_is_infinite():
     assert Evaluation(10.0, num_tokens=100, num_bytes=100, num_words=1).word_perplexity == math.inf
     assert Evaluation(1.0, num_tokens=1, num_bytes=1, num_words=0).word_perplexity == math.inf
@@ -111,12 +126,12 @@ def test_a_batch_fills_half_of_an_accelerators_free_memory():
 
 
 def test_progress_is_told_on_standard_error_with_an_eta(monkeypatch, capsys):
-    seconds = iter([0.0, 1.0, 9.0, 14.0, 20.0])  # 9 s to compile
+    seconds = iter([0.0, 9.0, 14.0, 20.0, 26.0])  # 9 s to compile
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(seconds))
     assert list(progress.tracked("abcd", 10, "batches")) == list("abcd")
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.splitlines() == ["batches: 2/10  ETA 0:00:40"]
+    assert captured.err.splitlines() == ["batches: 2/10  ETA 0:00:40", "batches: 4/10  ETA 0:00:34"]
 
 
 @pytest.mark.parametrize("respect_documents", [True, False])

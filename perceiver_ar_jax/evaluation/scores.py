@@ -90,7 +90,7 @@ def score_sequences(
         batches += [(length, rows, windows[i : i + rows]) for i in range(0, len(windows), rows)]
 
     def arrays():
-        for length, rows, windows in tracked(batches, len(batches), what):
+        for length, rows, windows in batches:
             yield length, _batch(pretrained, sequences, length, rows, windows)
 
     def step(length_and_batch):
@@ -98,7 +98,8 @@ def score_sequences(
         run = compiled(token_log_probs_and_ranks, pretrained.model, _prefix_len(length, config))
         return run(pretrained.params, batch)
 
-    for (_, _, windows), results in zip(batches, one_at_a_time(step, arrays()), strict=True):
+    all_results = tracked(one_at_a_time(step, arrays()), len(batches), what)
+    for (_, _, windows), results in zip(batches, all_results, strict=True):
         for row, window in enumerate(windows):
             count = window.end - window.first
             first = window.first - (

@@ -85,7 +85,7 @@ def evaluate_in_detail(
       params: parameters of the model.
       batches: those of a single process.
       model: the model.
-      track: wraps the batches, to show progress.
+      track: wraps the results of the batches, to show progress.
 
     Raises:
       RuntimeError: a token was not counted exactly once.
@@ -97,7 +97,7 @@ def evaluate_in_detail(
         "by_prefix": _LossTable.of_equal_ranges(0, batches.prefix_len),
     }
     tokens, nats = 0, 0.0
-    for index, nats_K in enumerate(_counted_nats(step, track(batches), batches.prefix_len)):
+    for index, nats_K in enumerate(track(_counted_nats(step, batches, batches.prefix_len))):
         for table, values_K in zip(tables.values(), batches.places(index), strict=True):
             table.add(values_K, nats_K)
         tokens += len(nats_K)
