@@ -137,8 +137,12 @@ class MLP(nn.Module):
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """The exact GELU, through erf: XLA's CPU code for erfc, which jax.nn.gelu takes, is slower."""
-    return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
+    """The exact GELU, in float32 within, as torch's autocast computes it.
+
+    Through erf: XLA's CPU code for erfc, which jax.nn.gelu takes, is slower.
+    """
+    x32 = x.astype(jnp.float32)
+    return (0.5 * x32 * (1 + jax.lax.erf(x32 * 0.5**0.5))).astype(x.dtype)
 
 
 class MultiHeadAttention(nn.Module):
