@@ -21,7 +21,7 @@ BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 MALLOC_SETTINGS = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+    "MALLOC_TRIM_THRESHOLD_": str(2**46),  # more than the temporaries of any step
     "MALLOC_TOP_PAD_": str(2**28),
 }
 RESTARTED = "PERCEIVER_AR_RESTARTED"
