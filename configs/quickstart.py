@@ -4,6 +4,7 @@ Command:   make quickstart
 Hardware:  2 CPU cores
 """
 
+from perceiver_ar_jax.processor import fastest_dtype
 from perceiver_ar_jax.run_config import default_config
 
 
@@ -26,6 +27,7 @@ def get_config():
     config.model.abs_pos_emb = False
     config.model.output_norm = True
     config.model.output_bias = False
+    config.model.dtype = fastest_dtype()
 
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 100

@@ -5,15 +5,15 @@ Importing it costs nothing, so that scripts are quiet from their first moment on
 
 import argparse
 import os
-import platform
 import re
 import signal
 import sys
 import traceback
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
+
+from perceiver_ar_jax.processor import computes_on_cpu, processor_id
 
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
@@ -27,7 +27,6 @@ MALLOC_SETTINGS = {
 RESTARTED = "PERCEIVER_AR_RESTARTED"
 # The scripts of commands whose names are not NAME.py.
 SCRIPTS = {"convert": "convert_from_torch.py", "tokenizer": "tools/train_tokenizer.py"}
-ACCELERATORS = ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "kfd")  # in /dev
 
 
 class Parser(argparse.ArgumentParser):
@@ -133,7 +132,7 @@ def keep_freed_memory() -> None:
     C library, or settings of the user's own.
     """
     settings = {name: x for name, x in MALLOC_SETTINGS.items() if name not in os.environ}
-    if os.environ.get(RESTARTED) or not settings or not _has_glibc() or not _computes_on_cpu():
+    if os.environ.get(RESTARTED) or not settings or not _has_glibc() or not computes_on_cpu():
         return
     os.environ |= settings | {RESTARTED: "1"}
     sys.stdout.flush()
@@ -149,7 +148,7 @@ def keep_compiled_programs() -> None:
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "perceiver_ar_jax" / f"compiled-{_processor():08x}"
+    folder = base / "perceiver_ar_jax" / f"compiled-{processor_id():08x}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:  # a home that cannot be written: without a cache then
@@ -158,25 +157,8 @@ def keep_compiled_programs() -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
-def _processor():
-    """A number for what the processor can do."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return zlib.crc32(platform.processor().encode())
-    wanted = ("flags", "Features", "model name")
-    return zlib.crc32("".join(dict.fromkeys(x for x in lines if x.startswith(wanted))).encode())
-
-
 def _has_glibc():
     try:
         return bool(os.confstr("CS_GNU_LIBC_VERSION"))
     except (ValueError, OSError):  # another C library does not know the name
         return False
-
-
-def _computes_on_cpu():
-    platforms = os.environ.get("JAX_PLATFORMS")
-    if platforms:
-        return platforms.split(",")[0] == "cpu"
-    return not any(list(Path("/dev").glob(pattern)) for pattern in ACCELERATORS)
