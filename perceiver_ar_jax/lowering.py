@@ -26,7 +26,7 @@ def abstract_state(run: RunConfig, mesh: Mesh) -> TrainState:
     Raises:
       ValueError: a dimension does not divide among the devices of its axis.
     """
-    shapes = jax.eval_shape(functools.partial(fresh_state, run))
+    shapes = _shapes(run)
     return jax.tree.map(_placed, shapes, state_shardings(shapes, mesh))
 
 
@@ -49,6 +49,11 @@ def lower_train_step(run: RunConfig, mesh: Mesh) -> jax.stages.Lowered:
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     with use_mesh(mesh):
         return jitted.lower(state, _abstract_batch(run, mesh))
+
+
+@functools.cache
+def _shapes(run):
+    return jax.eval_shape(functools.partial(fresh_state, run))
 
 
 def _abstract_batch(run, mesh):
