@@ -21,6 +21,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "")  # not those of the tests, which compile quickly
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
+from perceiver_ar_jax.command_line import keep_freed_memory
+
+if __name__ == "__main__":
+    keep_freed_memory()  # as train.py does; it serves both
+
 import jax
 import numpy as np
 from processor import processor
