@@ -17,7 +17,7 @@ FAST = $(addprefix tests/test_, architecture.py command_line.py conversion_files
 # A crashed worker ends the run; without the limit xdist waits forever for the one it replaced.
 WORKERS = -n 2 --dist=loadfile --max-worker-restart=0
 
-.PHONY: install quickstart test test-fast test-slow test-data docs format clean
+.PHONY: install quickstart test test-fast test-slow test-data bench bench-compare docs format clean
 
 install: $(VENV)/installed
 
@@ -45,6 +45,14 @@ test-slow: $(VENV)/installed-for-tests $(TEST_DATA)
 	$(BIN)/python -m pytest -m slow
 
 test-data: $(TEST_DATA)
+
+# NAMES='tokenizing data' runs those alone.
+bench: $(VENV)/installed-for-tests $(TEST_DATA)
+	$(BIN)/python benchmarks/run_all.py --data=$(TEST_DATA) $(if $(NAMES),--names $(NAMES))
+
+# Of the working tree with REF, the last commit by default.
+bench-compare: $(VENV)/installed-for-tests
+	$(BIN)/python benchmarks/compare.py $(if $(REF),--ref=$(REF)) $(if $(NAMES),--names $(NAMES))
 
 docs: $(VENV)/installed-for-tests
 	$(BIN)/sphinx-build -q -W --keep-going docs docs/_build/html

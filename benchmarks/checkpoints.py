@@ -2,9 +2,9 @@
 
 python benchmarks/checkpoints.py [--rounds=3] [--bucket=gs://bucket/folder]
 
-Prints JSON: medians of wall-clock seconds, each beside a plain zlib.crc32 and a plain write of as
-many bytes to the local disk in the same minute. The state, 367 MB, is that of bytes_small with
-AdamW. With --bucket, checkpoints go there; tools/storage_server.py imitates one.
+Prints JSON: medians of wall-clock seconds, their spread, and their ratio to a plain zlib.crc32 or a
+plain write of as many bytes to the local disk in the same round. The state, 367 MB, is that of
+bytes_small with AdamW. With --bucket, checkpoints go there; tools/storage_server.py imitates one.
 """
 
 import argparse
@@ -19,6 +19,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from processor import conditions
+from timing import ratios, spread
 
 from perceiver_ar_jax import PerceiverAR, PerceiverARConfig
 from perceiver_ar_jax.model import init_params
@@ -47,7 +49,18 @@ def main() -> None:
             measure(state, checkpoints, Path(folder), seconds)
     medians = {name: round(statistics.median(times), 3) for name, times in seconds.items()}
     per_gb = {name: round(medians[name] / (num_bytes / 1e9), 3) for name in ("checksums", "crc32")}
-    print(json.dumps({"bytes": num_bytes, "seconds": medians, "seconds_per_gb": per_gb}, indent=2))
+    by_round = {
+        f"{name} to {plain}": ratios(seconds[name], seconds[plain])
+        for name, plain in (("checksums", "crc32"), ("save", "write"), ("restore", "write"))
+    }
+    result = {
+        "bytes": num_bytes,
+        "seconds": medians,
+        "spread": {name: round(spread(times), 3) for name, times in seconds.items()},
+        "seconds_per_gb": per_gb,
+        "ratio": {name: round(statistics.median(x), 2) for name, x in by_round.items()},
+    }
+    print(json.dumps(conditions() | result, indent=2))
 
 
 def measure(

@@ -1,12 +1,13 @@
-"""Memory and time of converting a random model of the 455M shape, both ways; prints JSON.
+"""Memory and time of converting a random model, the 455M shape by default, both ways; prints JSON.
 
-    python benchmarks/conversion.py
+    python benchmarks/conversion.py [--model bytes_small]
 
-Writes three models of 1.8 GB to a temporary folder, once without and once with verification
+Writes three models of 1.8 GB each to a temporary folder, once without and once with verification
 against perceiver-io. Peaks are of the largest process, and `gb_above_imports` is what it takes
 above a Python that only imports what it imports; seconds are of all processes, on the CPU.
 """
 
+import argparse
 import filecmp
 import json
 import multiprocessing
@@ -17,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from processor import conditions
 
 from perceiver_ar_jax.config import PerceiverARConfig
 from perceiver_ar_jax.conversion import to_flax, write_reference
@@ -36,16 +38,23 @@ IMPORTS = {
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=("clm_base", "bytes_small"), default="clm_base")
+    parser.add_argument("--verify", nargs="+", choices=IMPORTS, default=list(IMPORTS))
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "source")
         # A process of its own: what a process measures includes the memory of the one it came from.
-        make = multiprocessing.get_context("spawn").Process(target=write_source, args=(source,))
+        spawn = multiprocessing.get_context("spawn").Process
+        make = spawn(target=write_source, args=(source, args.model))
         make.start()
         make.join()
         size = (source / "model.safetensors").stat().st_size
-        result = {"source_bytes": size} | {
-            f"verify {rows}": convert_both_ways(Path(folder), rows) for rows in IMPORTS
-        }
+        result = (
+            conditions()
+            | {"model": args.model, "source_bytes": size}
+            | {f"verify {rows}": convert_both_ways(Path(folder), rows) for rows in args.verify}
+        )
     print(json.dumps(result, indent=2))
 
 
@@ -67,9 +76,9 @@ def convert_both_ways(folder: Path, rows: str) -> dict[str, object]:
     return result | {"comes_back_identical": filecmp.cmp(*files, shallow=False)}
 
 
-def write_source(folder: Path) -> None:
+def write_source(folder: Path, model: str) -> None:
     """A Hugging Face directory of perceiver-io with random weights."""
-    config = PerceiverARConfig.clm_base()
+    config = getattr(PerceiverARConfig, model)()
     config = config.replace(rotary_inv_freq=inverse_frequencies(config))
     rng = np.random.default_rng(0)
     tensors = {FREQUENCIES: inverse_frequencies(config)}

@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 
 import psutil
+from processor import conditions
+from timing import ratios, spread
 
 BATCH_SIZE, MIN_SEQ_LEN, MAX_SEQ_LEN = 32, 512, 1024
 NUM_DOCUMENTS = 30_000
@@ -45,15 +47,15 @@ def main() -> None:
                 rates[name].append(
                     in_own_process(batches, path, args.tokenizer, args.workers, args.seconds)
                 )
-    result = {"workers": args.workers}
-    for name, measured in rates.items():
-        result[name] = {
-            f"tokens_per_{unit}": round(statistics.median(rate[unit] for rate in measured))
-            for unit in ("second", "cpu_second")
-        }
-    if "perceiver_io" in result:
-        for unit in ("tokens_per_second", "tokens_per_cpu_second"):
-            result[f"ratio_{unit}"] = round(result["ours"][unit] / result["perceiver_io"][unit], 2)
+    result = conditions() | {"workers": args.workers} | {name: {} for name in rates}
+    for unit in ("second", "cpu_second"):
+        per_unit = {name: [rate[unit] for rate in measured] for name, measured in rates.items()}
+        for name, values in per_unit.items():
+            result[name][f"tokens_per_{unit}"] = round(statistics.median(values))
+            result[name][f"spread_per_{unit}"] = round(spread(values), 3)
+        if "perceiver_io" in rates:
+            ratio = statistics.median(ratios(per_unit["ours"], per_unit["perceiver_io"]))
+            result[f"ratio_tokens_per_{unit}"] = round(ratio, 2)
     print(json.dumps(result, indent=2))
 
 

@@ -6,33 +6,27 @@
 
 Prints one JSON object per batch size: tokens per second of the token loop alone, batch counted, the
 best round of each, and `ratio`, the median over rounds of the first contender's time to that of
-each. With --reference the first is perceiver-io's generate(use_cache=True), which needs
-requirements-parity.txt. `raw` are parameters that were not prepared for decoding. Weights
-are random unless --model is a folder.
+each, with its spread. With --reference the first is perceiver-io's generate(use_cache=True), which
+needs requirements-parity.txt. `raw` are parameters that were not prepared for decoding. Weights are
+random unless --model is a folder.
 Time of the loop: a run of `new` tokens less a run of one. On one core (taskset -c 1) it is CPU
 time, which other work on the machine hardly changes, otherwise wall time.
 """
 
 import argparse
-import datetime
 import itertools
 import json
-import operator
-import os
 import statistics
-import time
 import warnings
 
 import jax
 import numpy as np
-from processor import processor
+from processor import conditions
+from timing import CLOCK, CORES, ratios, spread, timed
 
 from perceiver_ar_jax import PerceiverAR, PerceiverARConfig, generate, load_pretrained
 from perceiver_ar_jax.model import init_params, prepare_for_decoding
 from perceiver_ar_jax.model.decoding_params import WEIGHTS
-
-ONE_CORE = len(os.sched_getaffinity(0)) == 1
-CLOCK = time.process_time if ONE_CORE else time.perf_counter
 
 MODELS = {
     "tiny": PerceiverARConfig(
@@ -98,24 +92,15 @@ def measured(runs, batch, args):
             seconds[name].append(timed(run, args.new) - first[name][-1])
     tokens = batch * (args.new - 1)
     base = next(iter(runs))
-    ratio = lambda name: statistics.median(map(operator.truediv, seconds[base], seconds[name]))
+    by_round = {name: ratios(seconds[base], times) for name, times in seconds.items()}
     return {
-        "processor": processor(),
-        "jax": jax.__version__,
-        "cores": len(os.sched_getaffinity(0)),
+        **conditions(),
         "clock": CLOCK.__name__,
-        "load": round(os.getloadavg()[0], 1),
-        "date": datetime.date.today().isoformat(),
         "tokens_per_sec": {name: round(tokens / min(times), 1) for name, times in seconds.items()},
-        "ratio": {name: round(ratio(name), 2) for name in runs},
+        "ratio": {name: round(statistics.median(x), 2) for name, x in by_round.items()},
+        "ratio_spread": {name: round(spread(x), 3) for name, x in by_round.items()},
         "prefill_sec": {name: round(min(times), 3) for name, times in first.items()},
     }
-
-
-def timed(run, new_tokens):
-    start = CLOCK()
-    run(new_tokens)
-    return CLOCK() - start
 
 
 def random_prompt(config, batch, args):
@@ -160,7 +145,7 @@ def reference(config, prompt, args):
     import torch
     from perceiver.model.text import clm
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(CORES)
     names = clm.CausalLanguageModelConfig.__dataclass_fields__
     shared = {name: value for name, value in config.to_dict().items() if name in names}
     backend = clm.CausalLanguageModel(clm.CausalLanguageModelConfig(**shared)).eval()

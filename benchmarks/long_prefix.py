@@ -6,10 +6,10 @@
 
 A full optimizer step (forward, backward, AdamW) in float32 of 256 channels, 8 heads, 4 layers and
 512 latents, batch 1, rotary positions alone. Each figure comes from a process of its own, pinned to
-one core: the peak of its resident memory (imports and libraries included), and the fastest of
-`--steps` steps. `streamed` has `prefix_chunk` set, `whole` has not; `dense` is the decoder of the
-same layers in which every position is a latent, with all that saves memory (remat, attention that
-computes its weights again).
+one core: the peak of its resident memory (imports and libraries included), and the CPU time of the
+fastest of `--steps` steps. `streamed` has `prefix_chunk` set, `whole` has not; `dense` is the
+decoder of the same layers in which every position is a latent, with all that saves memory (remat,
+attention that computes its weights again).
 
 The compiler takes more memory than a short step. With `--compilation_cache=FOLDER` a second call
 measures the step without it, as a run that is started again has it. A process that would take more
@@ -26,7 +26,7 @@ import sys
 import time
 import warnings
 
-from processor import processor
+from processor import conditions
 
 MODELS = ("streamed", "whole", "dense", "reference", "reference_checkpointed")
 LATENTS = 512
@@ -42,7 +42,7 @@ def main() -> None:
         for model in options.models:
             entries.append({"model": model, "prefix": length} | in_own_process(model, length))
             print(json.dumps(entries[-1]), file=sys.stderr, flush=True)
-    print(json.dumps({"processor": processor(), "entries": entries}, indent=2))
+    print(json.dumps(conditions() | {"entries": entries}, indent=2))
 
 
 def in_own_process(model: str, length: int) -> dict:
@@ -57,7 +57,7 @@ def in_own_process(model: str, length: int) -> dict:
 
 
 def measure(model: str, length: int, options: argparse.Namespace) -> dict:
-    """Seconds of the fastest step, and the peak of resident memory in MiB."""
+    """CPU seconds of the fastest step, and the peak of resident memory in MiB."""
     limit = int(options.limit_gb * 1e9)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     os.sched_setaffinity(0, {options.core})
@@ -69,9 +69,9 @@ def measure(model: str, length: int, options: argparse.Namespace) -> dict:
         step = our_step(model, length, options)
     seconds = []
     for _ in range(options.steps):
-        begin = time.perf_counter()
+        begin = time.process_time()
         loss = step()
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(time.process_time() - begin)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {"seconds": round(min(seconds), 3), "peak_mib": round(peak), "loss": loss}
 
@@ -177,7 +177,8 @@ def _options() -> argparse.Namespace:
     add("--lengths", nargs="+", type=int, default=[131_072])
     add("--chunk", type=int, default=1024, help="prefix_chunk of the streamed model")
     add("--steps", type=int, default=2)
-    add("--core", type=int, default=0, help="that the processes are pinned to")
+    core = min(os.sched_getaffinity(0))
+    add("--core", type=int, default=core, help="that the processes are pinned to")
     add("--limit_gb", type=float, default=20.0, help="of memory for each process")
     add("--compilation_cache", default="", help="a folder")
     add("--child", action="store_true", help=argparse.SUPPRESS)

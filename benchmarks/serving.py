@@ -11,21 +11,19 @@ rounds, of which `ratio` is the median; everything is compiled before. Weights a
 
 import argparse
 import json
-import os
 import statistics
 import threading
 import time
 
 import jax
-from processor import processor
+from processor import conditions
+from timing import CLOCK, spread
 
 from perceiver_ar_jax import PerceiverAR, PerceiverARConfig, Pretrained, load_pretrained
 from perceiver_ar_jax.model import init_params
 from perceiver_ar_jax.serving.engine import Engine, Limits
 from perceiver_ar_jax.serving.rows import Row, Settings
 from perceiver_ar_jax.tokenizers import ByteTokenizer
-
-CLOCK = time.process_time if len(os.sched_getaffinity(0)) == 1 else time.perf_counter
 
 
 class Endless(ByteTokenizer):
@@ -67,9 +65,9 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
             "apart": [x[args.pause] for x in rounds],
         }.items()
     }
-    ratio = statistics.median(x[args.pause][0] / x[0][0] for x in rounds)
-    about = {"model": name, "processor": processor(), "clock": CLOCK.__name__}
-    return about | vars(args) | {"model": name} | found | {"ratio": round(ratio, 2)}
+    ratio = [x[args.pause][0] / x[0][0] for x in rounds]
+    found |= {"ratio": round(statistics.median(ratio), 2), "ratio_spread": round(spread(ratio), 3)}
+    return conditions() | {"clock": CLOCK.__name__} | vars(args) | {"model": name} | found
 
 
 def model_named(name: str) -> Pretrained:

@@ -3,7 +3,7 @@
     taskset -c 1 python benchmarks/tokenizing.py 'pages/*.jsonl' --tokenizer spiece.model
 
 Both encode the same documents, pass after pass in turn. `first` is the first pass, in which no word
-is known yet; `later` the median of the others.
+is known yet; `later` the median of the others; `ratio` that of their rates, ours to theirs.
 """
 
 import argparse
@@ -17,7 +17,8 @@ from pathlib import Path
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from processor import processor
+from processor import conditions
+from timing import ratios, spread
 from transformers import XLNetTokenizerFast
 
 from perceiver_ar_jax.tokenizers import load_tokenizer
@@ -48,14 +49,17 @@ def main() -> None:
             ids[name] = encode(texts)
             elapsed = time.process_time() - begin
             rates[name].append(round(sum(map(len, ids[name])) / elapsed))
-    result = {"processor": processor(), "documents": len(texts)}
+    result = conditions() | {"documents": len(texts)}
     for name, (first, *later) in rates.items():
         result[name] = {
             "tokens": sum(map(len, ids[name])),
             "first": first,
             "later": round(statistics.median(later)),
+            "spread": round(spread(later), 3),
             "rates": [first, *later],
         }
+    first, *later = ratios(rates["ours"], rates["hugging_face"])
+    result["ratio"] = {"first": round(first, 2), "later": round(statistics.median(later), 2)}
     same = sum(a == b for a, b in zip(ids["ours"], ids["hugging_face"], strict=True))
     print(json.dumps(result | {"documents_with_the_same_ids": same}, indent=1))
 

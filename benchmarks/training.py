@@ -20,10 +20,8 @@ Needs what requirements-parity.txt says, unless no contender is perceiver-io.
 """
 
 import argparse
-import datetime
 import functools
 import json
-import operator
 import os
 import statistics
 import subprocess
@@ -42,18 +40,16 @@ if __name__ == "__main__":
     keep_freed_memory()  # as train.py does; it serves both contenders
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-from processor import processor
+from processor import conditions
+from timing import CLOCK, CORES, matmul_flops_per_second, ratios, spread
 
 from perceiver_ar_jax import PerceiverAR, PerceiverARConfig
 from perceiver_ar_jax.model import init_params
 from perceiver_ar_jax.model.flops import training_flops
 from perceiver_ar_jax.training import Batch, OptimizerConfig, TrainState, make_optimizer, train_step
 
-CORES = len(os.sched_getaffinity(0))
-CLOCK = time.process_time if CORES == 1 else time.perf_counter
 CONTENDERS = ("perceiver-io float32", "perceiver-io autocast", "ours float32", "ours bfloat16")
 SETTINGS = OptimizerConfig(learning_rate=1e-4, warmup_steps=1, total_steps=1000)
 MODELS = {  # and windows per batch
@@ -117,17 +113,13 @@ def measure(name: str, args: argparse.Namespace) -> dict:
         "batch": batch_size,
         "layers": config.num_self_attention_layers,
         "optimizer": optimizer,
-        "processor": processor(),
-        "jax": jax.__version__,
-        "cores": CORES,
+        **conditions(),
         "clock": CLOCK.__name__,
-        "load": round(os.getloadavg()[0], 1),
-        "date": datetime.date.today().isoformat(),
         "rounds": args.rounds,
         "first_losses": {contender: round(loss, 4) for contender, loss in losses.items()},
         "seconds": {contender: round(time, 4) for contender, time in best.items()},
         "spread": {contender: round(spread(times), 3) for contender, times in seconds.items()},
-        "ratio": {reference: ratios(seconds, reference) for reference in theirs},
+        "ratio": {reference: median_ratios(seconds, reference) for reference in theirs},
         "matmul_gflops": round(max(peaks) / 1e9, 1),
         "of_peak": {c: round(flops / time / max(peaks), 3) for c, time in best.items()},
         **{
@@ -145,36 +137,12 @@ def measure(name: str, args: argparse.Namespace) -> dict:
     return result
 
 
-def ratios(seconds: dict, reference: str) -> dict:
+def median_ratios(seconds: dict, reference: str) -> dict:
     return {
-        contender: round(statistics.median(map(operator.truediv, seconds[reference], times)), 3)
+        contender: round(statistics.median(ratios(seconds[reference], times)), 3)
         for contender, times in seconds.items()
         if contender.startswith("ours")
     }
-
-
-def spread(times: list[float]) -> float:
-    if len(times) < 2:
-        return 0.0
-    low, _, high = statistics.quantiles(times, n=4, method="inclusive")
-    return (high - low) / 2 / statistics.median(times)
-
-
-@functools.cache
-def _product(size: int):
-    x = jnp.ones((size, size), jnp.float32)
-    return jax.jit(jnp.matmul).lower(x, x).compile(), x
-
-
-def matmul_flops_per_second(size: int = 2048) -> float:
-    """Of a square float32 product, the faster of two."""
-    run, x = _product(size)
-    times = []
-    for _ in range(2):
-        begin = CLOCK()
-        run(x, x).block_until_ready()
-        times.append(CLOCK() - begin)
-    return 2 * size**3 / min(times)
 
 
 def abstract_params(config):
