@@ -72,6 +72,9 @@ def main() -> int:
         if old is None or old == new:
             print(f"{name}: {'not in' if old is None else 'the same measurement as in'} {args.ref}")
             continue
+        if old["command"] != new["command"]:
+            print(f"{name}: not compared, as its command was {old['command']}")
+            continue
         for figure, text, is_slower in differences(old, new):
             print(f"{name}: {figure}: {text}")
             slower += is_slower

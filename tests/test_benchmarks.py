@@ -48,8 +48,8 @@ def test_committed_results_have_every_figure_of_every_short_run():
 
 
 def result(kind="speed ratio", values=(2.0, 2.1, 1.9), jax="0.10.2", **more):
-    machine = {"processor": "a processor", "jax": jax}
-    return machine | more | {"figures": {"x": {"kind": kind, "values": list(values)}}}
+    conditions = {"command": "read", "processor": "a processor", "jax": jax}
+    return conditions | more | {"figures": {"x": {"kind": kind, "values": list(values)}}}
 
 
 def verdict(old, new):
@@ -116,5 +116,8 @@ def test_the_working_tree_is_compared_with_what_is_committed(tmp_path, monkeypat
     path.write_text(json.dumps(result(values=(2.0, 2.1, 2.2))))
     code, output = said("--names", "reading")
     assert code == 0 and "nothing slower, of 1 figures compared" in output.out
+    path.write_text(json.dumps(result(values=(1, 1, 1), command="read twice")))
+    code, output = said("--names", "reading")
+    assert code == 0 and "reading: not compared, as its command was read\n" in output.out
     code, output = said("--ref=v9")
     assert code == 2 and output.err == "compare.py: --ref=v9 is not a commit here\n"
