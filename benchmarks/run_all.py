@@ -69,10 +69,10 @@ SHORT_RUNS = {
     "decoding_four_rows": ShortRun(
         "decoding.py --weights raw float32 int8 --batch 4 --prompt 64 --new 33", WEIGHTS
     ),
-    "prompt_lookup_repeating_text": ShortRun(
+    "prompt_lookup_greedy": ShortRun(
         "decoding.py --model tiny --prompt_lookup 0 6 --num_latents 4 --new 65", LOOKUP
     ),
-    "prompt_lookup_other_text": ShortRun(
+    "prompt_lookup_sampled": ShortRun(
         "decoding.py --model tiny --prompt_lookup 0 6 --num_latents 4 --new 65 --sample", LOOKUP
     ),
     "tokenizing": ShortRun(
