@@ -9,6 +9,8 @@ best round of each, and `ratio`, the median over rounds of the first contender's
 each, with its spread. With --reference the first is perceiver-io's generate(use_cache=True), which
 needs requirements-parity.txt. `raw` are parameters that were not prepared for decoding. Weights are
 random unless --model is a folder.
+With --limit a contender named `weights once` only multiplies each kernel by a vector per token:
+what a token of batch 1 takes at least.
 Time of the loop: a run of `new` tokens less a run of one. On one core (taskset -c 1) it is CPU
 time, which other work on the machine hardly changes, otherwise wall time.
 """
@@ -20,6 +22,7 @@ import statistics
 import warnings
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from processor import conditions
 from timing import CLOCK, CORES, ratios, spread, timed
@@ -64,6 +67,7 @@ def main():
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--reference", action="store_true", help="compare with perceiver-io")
+    parser.add_argument("--limit", action="store_true", help="compare with reading the weights")
     args = parser.parse_args()
 
     if args.reference and args.model not in MODELS:
@@ -73,6 +77,8 @@ def main():
         if args.reference:
             config = MODELS[args.model]
             runs["perceiver-io"] = reference(config, random_prompt(config, batch, args), args)
+        if args.limit:
+            runs["weights once"] = weights_once(model_and_prompt("raw", batch, args)[1], batch)
         for weights in args.weights:
             model, params, prompt = model_and_prompt(weights, batch, args)
             for policy, ahead in itertools.product(args.policy, args.prompt_lookup):
@@ -136,6 +142,24 @@ def ours(model, params, prompt, args, options):
             max_new_tokens=new_tokens,
             **options,
         )
+
+    return run
+
+
+def weights_once(params, batch):
+    kernels = {
+        jax.tree_util.keystr(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if leaf.ndim == 2 and "position" not in jax.tree_util.keystr(path)
+    }
+
+    @jax.jit
+    def multiply(kernels):
+        return [jnp.ones((batch, len(kernel))) @ kernel for kernel in kernels.values()]
+
+    def run(num_tokens):
+        for _ in range(num_tokens):
+            jax.block_until_ready(multiply(kernels))
 
     return run
 
