@@ -9,13 +9,14 @@ best round of each, and `ratio`, the median over rounds of the first contender's
 each, with its spread. With --reference the first is perceiver-io's generate(use_cache=True), which
 needs requirements-parity.txt. `raw` are parameters that were not prepared for decoding. Weights are
 random unless --model is a folder.
-With --limit a contender named `weights once` only multiplies each kernel by a vector per token:
-what a token of batch 1 takes at least.
+With --limit a contender named `weights once` only multiplies a vector by each float32 kernel per
+token: what a token of batch 1 takes at least.
 Time of the loop: a run of `new` tokens less a run of one. On one core (taskset -c 1) it is CPU
 time, which other work on the machine hardly changes, otherwise wall time.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import statistics
@@ -29,7 +30,7 @@ from timing import CLOCK, CORES, ratios, spread, timed
 
 from perceiver_ar_jax import PerceiverAR, PerceiverARConfig, generate, load_pretrained
 from perceiver_ar_jax.model import init_params, prepare_for_decoding
-from perceiver_ar_jax.model.decoding_params import WEIGHTS
+from perceiver_ar_jax.model.decoding_params import WEIGHTS, DecodingKernel
 
 MODELS = {
     "tiny": PerceiverARConfig(
@@ -147,19 +148,18 @@ def ours(model, params, prompt, args, options):
 
 
 def weights_once(params, batch):
-    kernels = {
-        jax.tree_util.keystr(path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        if leaf.ndim == 2 and "position" not in jax.tree_util.keystr(path)
-    }
+    is_kernel = lambda x: isinstance(x, DecodingKernel)
+    kernels = filter(is_kernel, jax.tree.leaves(prepare_for_decoding(params), is_leaf=is_kernel))
 
     @jax.jit
     def multiply(kernels):
-        return [jnp.ones((batch, len(kernel))) @ kernel for kernel in kernels.values()]
+        return [kernel(jnp.ones((batch, kernel.rows_FD.shape[1]))) for kernel in kernels]
+
+    multiply = functools.partial(multiply, list(kernels))
 
     def run(num_tokens):
         for _ in range(num_tokens):
-            jax.block_until_ready(multiply(kernels))
+            jax.block_until_ready(multiply())
 
     return run
 
