@@ -14,7 +14,9 @@ percent.
 
 Ratios within a run and memory are compared whatever the machine. Seconds and rates are compared
 only where processor and jax version are the same, relative to the speed of a large matmul in the
-same run where the benchmark measures one.
+same run where the benchmark measures one. Other work on the machine changes speeds by more than
+runs differ, ratios included: where the loads differ by more than MAX_LOAD_CHANGE, only memory is
+compared.
 
 Exit codes: 0 nothing is slower, 1 something is, 2 bad input.
 """
@@ -31,6 +33,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("benchmarks", "results")
 SAME_MACHINE = ("processor", "jax")
+MAX_LOAD_CHANGE = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +107,8 @@ def differences(old: dict, new: dict) -> Iterator[tuple[str, str, bool]]:
         yield name, f"no longer measured, was {median(old, name):.4g}", False
     if changed := [f"{old[x]} → {new[x]}" for x in SAME_MACHINE if old[x] != new[x]]:
         yield "seconds and rates", f"not compared, as {', '.join(changed)}", False
+    if not is_same_load(old, new):
+        yield "speeds", f"not compared, as the load was {old['load']} and is {new['load']}", False
     for name in comparable_figures(old, new):
         kind = KINDS[new["figures"][name]["kind"]]
         before, after = (relative_to_matmul(result, name, kind) for result in (old, new))
@@ -117,13 +122,20 @@ def differences(old: dict, new: dict) -> Iterator[tuple[str, str, bool]]:
 
 
 def comparable_figures(old: dict, new: dict) -> list[str]:
-    """Names that both have; seconds and rates only of the same processor and jax version."""
+    """Names that both have, as far as machine, jax version and load allow."""
     is_same_machine = all(old[name] == new[name] for name in SAME_MACHINE)
     return [
         name
         for name, figure in new["figures"].items()
-        if name in old["figures"] and (is_same_machine or KINDS[figure["kind"]].on_any_machine)
+        if name in old["figures"]
+        and (is_same_machine or KINDS[figure["kind"]].on_any_machine)
+        and (is_same_load(old, new) or figure["kind"] == "memory")
     ]
+
+
+def is_same_load(old: dict, new: dict) -> bool:
+    """Whether other work slowed both about as much."""
+    return abs(old["load"] - new["load"]) <= MAX_LOAD_CHANGE
 
 
 def median(result: dict, name: str) -> float:

@@ -48,7 +48,7 @@ def test_committed_results_have_every_figure_of_every_short_run():
 
 
 def result(kind="speed ratio", values=(2.0, 2.1, 1.9), jax="0.10.2", **more):
-    conditions = {"command": "read", "processor": "a processor", "jax": jax}
+    conditions = {"command": "read", "processor": "a processor", "jax": jax, "load": 1.0}
     return conditions | more | {"figures": {"x": {"kind": kind, "values": list(values)}}}
 
 
@@ -83,6 +83,12 @@ def test_seconds_of_another_machine_or_jax_are_not_compared_and_ratios_are():
     slow = (9, 9, 9)
     assert verdict(result("seconds", jax="0.12"), result("seconds", slow)) is None
     assert verdict(result("cost ratio", jax="0.12"), result("cost ratio", slow)) is True
+
+
+def test_only_memory_is_compared_between_a_quiet_machine_and_a_busy_one():
+    slow = (9, 9, 9)
+    assert verdict(result("cost ratio", load=4.0), result("cost ratio", slow)) is None
+    assert verdict(result("memory", load=4.0), result("memory", slow)) is True
 
 
 def test_seconds_and_rates_are_relative_to_the_matmul_of_their_run():
