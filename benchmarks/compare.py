@@ -9,8 +9,8 @@ that is slower (or larger) or faster by more than its noise:
     noise = range of the old values + range of the new ones, at least the `least` of its kind,
 
 where a range is largest less smallest of all runs, relative to their median. So a figure whose
-runs differ must change by more than they do, and one whose runs happen to agree by more than a few
-percent.
+runs differ must change by more than they do, and one whose runs happen to agree by more than a
+tenth.
 
 Ratios within a run and memory are compared whatever the machine. Seconds and rates are compared
 only where processor and jax version are the same, relative to the speed of a large matmul in the
@@ -46,8 +46,8 @@ class Kind:
 
 
 KINDS = {
-    "speed ratio": Kind(higher_is_better=True, on_any_machine=True, least=0.05),
-    "cost ratio": Kind(higher_is_better=False, on_any_machine=True, least=0.05),
+    "speed ratio": Kind(higher_is_better=True, on_any_machine=True, least=0.1),
+    "cost ratio": Kind(higher_is_better=False, on_any_machine=True, least=0.1),
     "memory": Kind(higher_is_better=False, on_any_machine=True, least=0.02),
     "seconds": Kind(higher_is_better=False, on_any_machine=False, least=0.1),
     "rate": Kind(higher_is_better=True, on_any_machine=False, least=0.1),

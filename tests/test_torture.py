@@ -17,11 +17,7 @@ import torture
     ("options", "settings"),
     [
         (["--kills=5"], {"data.num_workers": 2, "optimizer.skip_spikes": True}),
-        pytest.param(
-            ["--kills=2", "--processes=2", "--devices=2"],
-            {"mesh.fsdp": 2, "data.num_workers": 0},
-            marks=pytest.mark.slow,
-        ),
+        (["--kills=2", "--processes=2", "--devices=2"], {"mesh.fsdp": 2, "data.num_workers": 0}),
         pytest.param(
             ["--kills=1", "--processes=4", "--lose_one"],
             {"mesh.fsdp": 2, "steps": 16, "lost_after": 10, "model.num_self_attention_layers": 1},
