@@ -16,7 +16,6 @@ time, which other work on the machine hardly changes, otherwise wall time.
 """
 
 import argparse
-import functools
 import itertools
 import json
 import statistics
@@ -149,17 +148,16 @@ def ours(model, params, prompt, args, options):
 
 def weights_once(params, batch):
     is_kernel = lambda x: isinstance(x, DecodingKernel)
-    kernels = filter(is_kernel, jax.tree.leaves(prepare_for_decoding(params), is_leaf=is_kernel))
+    leaves = jax.tree.leaves(prepare_for_decoding(params), is_leaf=is_kernel)
+    kernels = list(filter(is_kernel, leaves))
 
     @jax.jit
     def multiply(kernels):
         return [kernel(jnp.ones((batch, kernel.rows_FD.shape[1]))) for kernel in kernels]
 
-    multiply = functools.partial(multiply, list(kernels))
-
     def run(num_tokens):
         for _ in range(num_tokens):
-            jax.block_until_ready(multiply())
+            jax.block_until_ready(multiply(kernels))
 
     return run
 

@@ -11,7 +11,7 @@ CPU_INFO = Path("/proc/cpuinfo")
 
 
 def computes_on_cpu() -> bool:
-    """Whether JAX will take the CPU: where it is told to, or where there is no accelerator."""
+    """Whether JAX will run on the CPU: it is told to, or the machine has no accelerator."""
     platforms = os.environ.get("JAX_PLATFORMS")
     if platforms:
         return platforms.split(",")[0] == "cpu"
@@ -19,9 +19,9 @@ def computes_on_cpu() -> bool:
 
 
 def fastest_dtype() -> str:
-    """What training is fastest in: "bfloat16", but "float32" on a CPU that has no products of it.
+    """The dtype in which training is fastest: "float32" on a CPU without bfloat16 instructions.
 
-    Such products take half the time of float32's, and without their instructions far longer.
+    Everywhere else "bfloat16": its matrix products take half the time of float32's.
     """
     has_products = BFLOAT16_INSTRUCTIONS & set(_cpu_info().split())
     return "bfloat16" if has_products or not computes_on_cpu() else "float32"
@@ -37,5 +37,7 @@ def processor_id() -> int:
 
 
 def _cpu_info():
-    """Empty where there is none: not Linux."""
-    return CPU_INFO.read_text() if CPU_INFO.is_file() else ""
+    try:
+        return CPU_INFO.read_text()
+    except OSError:  # not Linux
+        return ""
