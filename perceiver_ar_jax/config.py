@@ -85,6 +85,9 @@ class PerceiverARConfig:
     prefix_chunk: int = _computation(
         0, at_least=0, ours=True
     )  # positions of a prefix that are read at a time; 0: all of them
+    cache_dtype: str | None = _computation(
+        None, choices=("int8",), optional=True, ours=True
+    )  # of keys and values while decoding; None: dtype
     rotary_inv_freq: tuple[float, ...] | None = _architecture(
         None, optional=True, ours=True
     )  # None: the formula; otherwise as a checkpoint has them
@@ -228,9 +231,8 @@ def _problem_of(field: dataclasses.Field, value: Any) -> str | None:
     elif "choices" in checks:
         choices = checks["choices"]
         if value not in choices:
-            one_of = "" if choices is DTYPES else "one of "
-            listed = (" or " if choices is DTYPES else ", ").join(choices)
-            return f"{name} must be {one_of}{listed}, not {value!r}"
+            listed = " or ".join(choices) if len(choices) < 3 else f"one of {', '.join(choices)}"
+            return f"{name} must be {listed}, not {value!r}"
     elif isinstance(field.default, bool) and not isinstance(value, bool):
         return f"{name} must be True or False, not {value!r}"
     return None

@@ -154,7 +154,7 @@ def test_a_second_start_of_sample_compiles_nothing(model_folder, cache_folder):
 
 def test_weights_are_converted_for_decoding(model_folder):
     flags = ["--model", model_folder, "--prompt", "a stone", "--greedy", "--max_new_tokens", "3"]
-    assert run("sample.py", *flags, "--weights", "int8").returncode == 0
+    assert run("sample.py", *flags, "--weights", "int8", "--cache_dtype", "int8").returncode == 0
     refused = run("sample.py", *flags, "--weights", "int4")
     assert refused.returncode == 2
     assert "weights must be one of float32, bfloat16, int8, not 'int4'" in refused.stderr

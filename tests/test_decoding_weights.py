@@ -12,6 +12,7 @@ from perceiver_ar_jax import PerceiverAR, generate, load_pretrained
 from perceiver_ar_jax.generation import generate_with_log_probs, prefill
 from perceiver_ar_jax.model import prepare_for_decoding
 from perceiver_ar_jax.model.attention import cached
+from perceiver_ar_jax.model.cache import LayerCache
 from perceiver_ar_jax.model.decoding_params import DecodingKernel
 from perceiver_ar_jax.pretrained import save_pretrained
 from perceiver_ar_jax.training import Batch
@@ -59,8 +60,9 @@ def test_tpus_compute_the_same_in_more_rows(weights, monkeypatch):
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.float32(rng.standard_normal(shape))
     kernel, x_BD = DecodingKernel.of(draw(24, 16), weights), draw(2, 16)
-    caches = [(draw(3, 8), draw(3, 8, 20), draw(3, 8, 20), jnp.arange(20) < 15)]  # of one row
-    caches += [(draw(2, 3, 8), draw(2, 3, 8, 20), draw(2, 3, 8, 20), draw(2, 20) > 0)]
+    caches = [(draw(3, 8), LayerCache(draw(3, 8, 20), draw(3, 8, 20)), jnp.arange(20) < 15)]
+    several = LayerCache(draw(2, 3, 8, 20), draw(2, 3, 8, 20))
+    caches += [(draw(2, 3, 8), several, draw(2, 20) > 0)]
 
     def results():
         return [kernel(x_BD), kernel(x_BD[0]), *(cached.attend(*cache) for cache in caches)]

@@ -38,12 +38,16 @@ def main() -> int:
     parser.add_argument("--max_latents", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=1, help="sequences on a chip")
     parser.add_argument("--weights", choices=WEIGHTS, default="bfloat16")
+    parser.add_argument("--cache_dtype", choices=("int8",), help="of caches (default: bfloat16)")
     args = parser.parse_args()
     os.environ |= WITHOUT_A_TPU
     device = topology_devices(args.topology)[0]
     chip = chip_of(device.device_kind)
     config = PerceiverARConfig.clm_base(
-        max_seq_len=args.max_seq_len, max_latents=args.max_latents, dtype="bfloat16"
+        max_seq_len=args.max_seq_len,
+        max_latents=args.max_latents,
+        dtype="bfloat16",
+        cache_dtype=args.cache_dtype,
     )
     compiled, program = compile_step(config, device, weights=args.weights, batch=args.batch)
     memory = compiled.memory_analysis()

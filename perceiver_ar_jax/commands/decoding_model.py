@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def add_model_flags(parser: Parser) -> None:
-    """Adds --model and --weights."""
+    """Adds --model, --weights and --cache_dtype."""
     parser.add(
         "--model", "what load_pretrained reads: a workdir, a folder, a hub id", required=True
     )
@@ -18,6 +18,11 @@ def add_model_flags(parser: Parser) -> None:
         "--weights",
         "float32, bfloat16 or int8: what the weights are converted to for decoding; int8 is the "
         "fastest (default: as the model is configured; on a CPU float32)",
+    )
+    parser.add(
+        "--cache_dtype",
+        "int8: keys and values of the text so far take a quarter of float32's memory, half of "
+        "bfloat16's (default: what the model computes in)",
     )
 
 
@@ -36,7 +41,9 @@ def load_model(arguments: argparse.Namespace) -> "Pretrained":
     weights = arguments.weights
     if weights is None and jax.default_backend() == "cpu":
         weights = "float32"  # a CPU takes longer in bfloat16 for a single prompt
-    pretrained = load_pretrained(arguments.model, weights=weights)
+    pretrained = load_pretrained(
+        arguments.model, weights=weights, cache_dtype=arguments.cache_dtype
+    )
     if pretrained.tokenizer is None:
         raise ValueError(f"{arguments.model} has no tokenizer")
     return pretrained

@@ -6,8 +6,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.typing import DTypeLike
 
 from perceiver_ar_jax.model.attention import cached
+from perceiver_ar_jax.model.quantisation import quantised
 
 
 class KeysValues(NamedTuple):
@@ -28,15 +30,22 @@ class LayerCache(NamedTuple):
 
     (B, N, H, K) each, and (N, H, K) where B is 1. Otherwise XLA on CPU would transpose the cache
     at every step, and copy it where a dimension is 1: up to ten times the time of the attention.
+    In int8 each head's vector has a scale, (B, N, K) or (N, K) float32; otherwise there is none.
     """
 
     k: jax.Array
     v: jax.Array
+    k_scale: jax.Array | None = None
+    v_scale: jax.Array | None = None
 
     @classmethod
-    def of(cls, kv: KeysValues) -> "LayerCache":
-        """One slot per key."""
-        return cls(*(_without_single(x_BKNH.transpose(0, 2, 3, 1)) for x_BKNH in kv))
+    def of(cls, kv: KeysValues, dtype: str | None = None) -> "LayerCache":
+        """One slot per key; in int8, or in the dtype of the keys where `dtype` is None."""
+        scales = ()
+        if dtype == "int8":
+            kv, scales = zip(*map(quantised, kv), strict=True)
+        slots_last = lambda x_BKNH: _without_single(x_BKNH.transpose(0, 2, 3, 1))
+        return cls(*map(slots_last, kv), *(slots_last(x)[..., 0, :] for x in scales))
 
     @property
     def capacity(self) -> int:
@@ -45,15 +54,21 @@ class LayerCache(NamedTuple):
 
     def write(self, new: KeysValues, slot: jax.Array | int) -> "LayerCache":
         """Puts keys and values, of one token or several, into slots from `slot` on."""
+        new = LayerCache.of(new, None if self.k_scale is None else "int8")
         update = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=-1)
-        new = LayerCache.of(new)
-        return LayerCache(update(self.k, new.k, slot), update(self.v, new.v, slot))
+        return jax.tree.map(lambda x, y: update(x, y, slot), self, new)
 
-    def read(self, slot: jax.Array | int, size: int, *, batch: int) -> KeysValues:
+    def read(self, slot: jax.Array | int, size: int, *, batch: int, dtype: DTypeLike) -> KeysValues:
         """Keys and values of `size` slots from `slot` on."""
-        cut = functools.partial(jax.lax.dynamic_slice_in_dim, axis=-1)
-        kv = (cut(x, slot, size).reshape(batch, *x.shape[-3:-1], size) for x in self)
-        return KeysValues(*(x_BNHK.transpose(0, 3, 1, 2) for x_BNHK in kv))
+        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, slot, size, axis=-1)
+        part = jax.tree.map(cut, self)
+
+        def as_keys(x, scale):
+            if scale is not None:
+                x = (x * jnp.expand_dims(scale, -2)).astype(dtype)
+            return x.reshape(batch, *x.shape[-3:]).transpose(0, 3, 1, 2)
+
+        return KeysValues(as_keys(part.k, part.k_scale), as_keys(part.v, part.v_scale))
 
     def write_each(self, new: KeysValues, slots_T: jax.Array) -> "LayerCache":
         """Puts the keys and values of new tokens, (B, T, N, H), into these slots."""
@@ -68,24 +83,27 @@ class LayerCache(NamedTuple):
         """Attention of new tokens to what is in the slots: (B, T, N, H)."""
         if q_BTNH.shape[1] > 1:
             q, mask = _without_single(q_BTNH), _without_single(mask_BTK)
-            return cached.attend_several(q, self.k, self.v, mask).reshape(q_BTNH.shape)
+            return cached.attend_several(q, self, mask).reshape(q_BTNH.shape)
         q, mask = _without_single(q_BTNH[:, 0]), _without_single(mask_BTK[:, 0])
-        return cached.attend(q, self.k, self.v, mask).reshape(q_BTNH.shape)
+        return cached.attend(q, self, mask).reshape(q_BTNH.shape)
 
     def attention_weights(self, q_BNH: jax.Array, mask_BK: jax.Array) -> jax.Array:
         """What one token per row reads of the slots: (B, N, K) float32."""
         q, mask = _without_single(q_BNH), _without_single(mask_BK)
-        weights = cached.attention_weights(q, self.k, mask)
+        weights = cached.attention_weights(q, self, mask)
         return weights.reshape(*q_BNH.shape[:2], self.capacity)
 
     def padded_to(self, capacity: int) -> "LayerCache":
         """The same with empty slots behind, `capacity` in all."""
-        empty = [(0, 0)] * (self.k.ndim - 1) + [(0, capacity - self.capacity)]
-        return LayerCache(jnp.pad(self.k, empty), jnp.pad(self.v, empty))
+        more = capacity - self.capacity
+        pad = lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, more)])
+        return jax.tree.map(pad, self)
 
     def take(self, rows_B: jax.Array) -> "LayerCache":
         """The cache of some rows."""
-        return LayerCache(*(_without_single(x.reshape(-1, *x.shape[-3:])[rows_B]) for x in self))
+        single = self.k.ndim == 3
+        take = lambda x: _without_single((x[None] if single else x)[rows_B])
+        return jax.tree.map(take, self)
 
 
 @struct.dataclass

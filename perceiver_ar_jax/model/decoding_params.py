@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from perceiver_ar_jax.model.attention.cached import SUBLANES
+from perceiver_ar_jax.model.quantisation import quantised
 
 WEIGHTS = ("float32", "bfloat16", "int8")
 
@@ -33,7 +34,7 @@ class DecodingKernel:
         """The map with these rows, its weights in one of `WEIGHTS`."""
         if weights != "int8":
             return cls(rows_FD.astype(weights))
-        rows_FD, scale_F1 = _quantised(rows_FD)
+        rows_FD, scale_F1 = quantised(rows_FD)
         return cls(rows_FD, scale_F1[:, 0])
 
     def __len__(self) -> int:
@@ -44,7 +45,7 @@ class DecodingKernel:
         """Maps (..., D) to (..., F) in float32."""
         if self.scale_F is None:
             return _product(x.astype(self.rows_FD.dtype), self.rows_FD)
-        x, scale = _quantised(x)
+        x, scale = quantised(x)
         return _product(x, self.rows_FD).astype(jnp.float32) * scale * self.scale_F
 
     def take(self, indices: jax.Array) -> jax.Array:
@@ -98,14 +99,6 @@ def _prepared_kernel(kernel_DF, *, weights):
 @functools.partial(jax.jit, static_argnames="weights")
 def _prepared_embedding(embedding_VD, *, weights):
     return DecodingKernel.of(embedding_VD, weights)
-
-
-def _quantised(x):
-    """Rows of int8, and what 1 stands for in each, (..., 1) float32."""
-    x = x.astype(jnp.float32)
-    largest = jnp.abs(x).max(axis=-1, keepdims=True)
-    scale = jnp.maximum(largest, jnp.finfo(jnp.float32).tiny * 127) / 127
-    return jnp.round(x / scale).astype(jnp.int8), scale
 
 
 def _product(x, rows_FD):

@@ -192,17 +192,17 @@ class PerceiverAR(nn.Module):
             )
         elif prefix_len:
             kv_prefix = self._prefix_keys_values(prefix)
-            cross = LayerCache.of(kv_prefix).padded_to(inputs.length)
+            cross = LayerCache.of(kv_prefix, config.cache_dtype).padded_to(inputs.length)
             visible_prefix = prefix.visible_from(latents, causal=False)
             attend_prefix = lambda q_BLNH: layer.attention.attend(
                 q_BLNH, kv_prefix, visible_prefix, deterministic=True
             )
         x_BLD, kv = layer(self._embed(latents), rotation_BL, visible, attend_prefix)
-        cross = cross.write(kv, prefix_len) if prefix_len else LayerCache.of(kv)
+        cross = cross.write(kv, prefix_len) if prefix_len else LayerCache.of(kv, config.cache_dtype)
         layers = []
         for index, layer in enumerate(self.self_attention):
             x_BLD, kv = layer(x_BLD, self._rotation_of(index, rotation_BL), visible)
-            layers.append(LayerCache.of(kv))
+            layers.append(LayerCache.of(kv, config.cache_dtype))
         pads_B = jnp.zeros(len(tokens_BS), jnp.int32) if pad_mask is None else pad_mask.sum(1)
         return self._normed(x_BLD), Cache.of_prompt(cross, tuple(layers), pads_B, prefix_len)
 

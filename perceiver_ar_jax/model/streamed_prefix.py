@@ -172,7 +172,7 @@ def fill_cache(
         kv = _keys_values(config, params.layer, _embed(params, chunk), chunk)
         return cache.write(kv, start)
 
-    cache = LayerCache.of(empty).padded_to(capacity)
+    cache = LayerCache.of(empty, config.cache_dtype).padded_to(capacity)
     return _over_chunks(write, cache, prefix.length, config.prefix_chunk)
 
 
@@ -183,7 +183,7 @@ def attend_to_cache(
     forward, _ = _passes(config, q_BLNH, None, None)
 
     def attend_to(start, size):
-        kv = cache.read(start, size, batch=len(q_BLNH))
+        kv = cache.read(start, size, batch=len(q_BLNH), dtype=q_BLNH.dtype)
         visible = _visibility(prefix.columns(start, size), None)
         return forward(q_BLNH, *kv, visible)
 
