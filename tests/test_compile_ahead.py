@@ -1,5 +1,6 @@
 """Compiling for TPUs that are not there; a change that breaks TPU lowering fails here."""
 
+import json
 import subprocess
 import sys
 
@@ -206,6 +207,27 @@ def test_bad_usage_is_one_line_and_exit_code_2(options, complaint):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"compile_ahead.py: {complaint}")
     assert done.stderr.count("\n") == 1
+
+
+def test_bundles_of_kernels_are_counted_on_each_core_of_a_chip(tmp_path):
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs `pip install libtpu`")
+    command = [sys.executable, "tools/compile_kernels.py", "--config=configs/tiny.py"]
+    command += ["--topology=v5p:2x2x1", f"--json={tmp_path / 'figures.json'}"]
+    # A process of its own: libtpu reads where to dump when it is loaded.
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    kernels = json.loads((tmp_path / "figures.json").read_text())
+    executions = {x["kernel"]["name"]: x["kernel"]["executions"] for x in kernels}
+    latents, prefix = 3, 1  # the hybrid layer and two of self-attention; the former's prefix
+    assert executions == {
+        "forward, latents": latents,
+        "backward, latents": latents,
+        "forward, prefix": prefix,
+        "backward, prefix": prefix,
+    }
+    for kernel in kernels:
+        assert kernel["turns"] == 8 // 4 * 2 // 2  # rows of a device, heads; two cores
+        assert 0 < kernel["matmul_share"] < 1
+        assert kernel["bundles_per_turn"] > kernel["bundles_outside"] > 0
 
 
 DUMP = """HloModule step
