@@ -8,13 +8,13 @@ from small_models import quick_jit
 
 from perceiver_ar_jax.model.attention import Dropout, Visibility, pallas, recompute
 
-LATENTS = 300  # three blocks of 128, the last of which is padded
+LATENTS = 400  # two blocks of 256, each of two strips; the last is padded
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     for name in ("FORWARD_BLOCKS", "BACKWARD_BLOCKS"):
-        monkeypatch.setattr(pallas, name, pallas.Blocks(128, 128))
+        monkeypatch.setattr(pallas, name, pallas.Blocks(256, 256))
 
 
 def value_and_gradients(attend, num_keys, visibility, dtype):
@@ -49,9 +49,9 @@ def visibility(num_keys, hidden):
     [
         (LATENTS, ()),
         (LATENTS, ("pads", "documents")),
-        (150, ()),
-        (256, ("pads",)),
-        (150, ("documents",)),
+        (300, ()),
+        (512, ("pads",)),
+        (300, ("documents",)),
     ],
     ids=str,
 )

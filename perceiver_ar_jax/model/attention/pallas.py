@@ -160,18 +160,22 @@ def _forward_kernel(q_ref, k_ref, v_ref, *refs, call):
         sum_ref[...] = jnp.zeros_like(sum_ref)
         out_HL_ref[...] = jnp.zeros_like(out_HL_ref)
 
-    @pl.when(call.sees(query_block, key_block))
-    def _():
-        scores_KL = call.scores(q_ref, k_ref, ids, query_block, key_block)
-        max_1L = jnp.maximum(max_ref[...], scores_KL.max(axis=0, keepdims=True))
-        shrink_1L = jnp.exp(max_ref[...] - max_1L)
-        exp_KL = jnp.exp(scores_KL - max_1L)
-        max_ref[...] = max_1L
-        sum_ref[...] = shrink_1L * sum_ref[...] + exp_KL.sum(axis=0, keepdims=True)
-        v_KH = v_ref[...]
-        out_HL_ref[...] = shrink_1L * out_HL_ref[...] + _dot(
-            v_KH, exp_KL.astype(v_KH.dtype), BY_KEY
-        )
+    def attend(on_diagonal):
+        strips = call.strips(on_diagonal)
+        # All scores first: the compiler keeps to the order, and so overlaps the strips' work.
+        scores = [call.scores(q_ref, k_ref, ids, strip, on_diagonal) for strip in strips]
+        for (queries, keys), scores_KL in zip(strips, scores, strict=True):
+            max_1L = jnp.maximum(max_ref[:, queries], scores_KL.max(axis=0, keepdims=True))
+            shrink_1L = jnp.exp(max_ref[:, queries] - max_1L)
+            exp_KL = jnp.exp(scores_KL - max_1L)
+            max_ref[:, queries] = max_1L
+            sum_1L = exp_KL.sum(axis=0, keepdims=True)
+            sum_ref[:, queries] = shrink_1L * sum_ref[:, queries] + sum_1L
+            v_KH = v_ref[keys]
+            out_HL = _dot(v_KH, exp_KL.astype(v_KH.dtype), BY_KEY)
+            out_HL_ref[:, queries] = shrink_1L * out_HL_ref[:, queries] + out_HL
+
+    call.run_where_visible(attend, query_block, key_block)
 
     @pl.when(key_block == call.key_blocks - 1)
     def _():
@@ -193,19 +197,26 @@ def _backward_kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, sums_ref, *refs, ca
     def _():
         dq_XHL_ref[query_block] = jnp.zeros(dq_XHL_ref.shape[1:], jnp.float32)
 
-    @pl.when(call.sees(query_block, key_block))
-    def _():
-        scores_KL = call.scores(q_ref, k_ref, ids, query_block, key_block)
-        weights_KL = jnp.exp(scores_KL - lse_ref[...])
-        dout_LH = dout_ref[...]
-        dv_KH_ref[...] += jnp.dot(
-            weights_KL.astype(dout_LH.dtype), dout_LH, preferred_element_type=jnp.float32
-        )
-        dweights_KL = _dot(v_ref[...], dout_LH, BY_CHANNEL)
-        q_LH, k_KH = q_ref[...], k_ref[...]
-        dscores_KL = (weights_KL * (dweights_KL - sums_ref[...])).astype(q_LH.dtype)
-        dk_KH_ref[...] += jnp.dot(dscores_KL, q_LH, preferred_element_type=jnp.float32)
-        dq_XHL_ref[query_block] += _dot(k_KH, dscores_KL, BY_KEY)
+    def differentiate(on_diagonal):
+        strips = call.strips(on_diagonal)
+        products = [
+            (
+                call.scores(q_ref, k_ref, ids, (queries, keys), on_diagonal),
+                _dot(v_ref[keys], dout_ref[queries], BY_CHANNEL),
+            )
+            for queries, keys in strips
+        ]
+        for (queries, keys), (scores_KL, dweights_KL) in zip(strips, products, strict=True):
+            weights_KL = jnp.exp(scores_KL - lse_ref[:, queries])
+            q_LH, k_KH, dout_LH = q_ref[queries], k_ref[keys], dout_ref[queries]
+            dv_KH_ref[keys] += jnp.dot(
+                weights_KL.astype(dout_LH.dtype), dout_LH, preferred_element_type=jnp.float32
+            )
+            dscores_KL = (weights_KL * (dweights_KL - sums_ref[:, queries])).astype(q_LH.dtype)
+            dk_KH_ref[keys] += jnp.dot(dscores_KL, q_LH, preferred_element_type=jnp.float32)
+            dq_XHL_ref[query_block, :, queries] += _dot(k_KH, dscores_KL, BY_KEY)
+
+    call.run_where_visible(differentiate, query_block, key_block)
 
     @pl.when(query_block == call.query_blocks - 1)
     def _():
@@ -241,6 +252,8 @@ class _Call(NamedTuple):
     def of(cls, q_BLNH, k_BKNH, visibility, largest):
         batch, num_queries, heads, head_width = q_BLNH.shape
         num_keys = k_BKNH.shape[1]
+        if visibility.causal:  # as many queries as keys; square blocks have one diagonal
+            largest = Blocks(min(largest), min(largest))
         blocks = Blocks(_block(num_queries, largest.queries), _block(num_keys, largest.keys))
         return cls(
             batch,
@@ -321,24 +334,39 @@ class _Call(NamedTuple):
         rows = self.padded_queries - self.num_queries
         return [ids_BK[:, None], jnp.pad(visibility.segment_ids_BL, ((0, 0), (0, rows)))[:, None]]
 
-    def sees(self, query_block, key_block):
-        """Whether any query of a block sees any key of another, as far as causality says."""
+    def run_where_visible(self, function, query_block, key_block):
+        """Calls function(on_diagonal), unless causality hides all keys of a block."""
         if not self.causal:
-            return True
-        return (query_block + 1) * self.blocks.queries > key_block * self.blocks.keys
+            function(False)
+            return
+        pl.when(key_block < query_block)(functools.partial(function, False))
+        pl.when(key_block == query_block)(functools.partial(function, True))
 
-    def scores(self, q_ref, k_ref, ids, query_block, key_block):
-        """Scores of a block, MASK_VALUE at keys that are hidden."""
-        scores_KL = _dot(k_ref[...], q_ref[...], BY_CHANNEL)
+    def strips(self, on_diagonal):
+        """Slices of a block's queries, and of the keys that causality lets them see.
+
+        Strips of 128 queries leave out 6 of the 16 tiles of a block of 512 on the diagonal.
+        """
+        if not on_diagonal:
+            return [(slice(0, self.blocks.queries), slice(0, self.blocks.keys))]
+        starts = range(0, self.blocks.queries, LANES)
+        return [(slice(start, start + LANES), slice(0, start + LANES)) for start in starts]
+
+    def scores(self, q_ref, k_ref, ids, strip, on_diagonal):
+        """Scores of a strip, MASK_VALUE at keys that are hidden."""
+        queries, keys = strip
+        scores_KL = _dot(k_ref[keys], q_ref[queries], BY_CHANNEL)
         visible_KL = None
-        if self.causal:
-            first_query, first_key = query_block * self.blocks.queries, key_block * self.blocks.keys
-            query_KL = first_query + jax.lax.broadcasted_iota(jnp.int32, scores_KL.shape, 1)
-            key_KL = first_key + jax.lax.broadcasted_iota(jnp.int32, scores_KL.shape, 0)
-            visible_KL = key_KL <= query_KL
+        if on_diagonal:
+            query_KL = queries.start + jax.lax.broadcasted_iota(jnp.int32, scores_KL.shape, 1)
+            visible_KL = jax.lax.broadcasted_iota(jnp.int32, scores_KL.shape, 0) <= query_KL
         if ids:
-            key_ids_K1 = jnp.expand_dims(ids[0][0], -1)
-            same_KL = key_ids_K1 == ids[1][...] if self.has_segments else key_ids_K1 != HIDDEN_KEY
+            # Made a column before it is cut, so that the strips share it.
+            key_ids_K1 = jnp.expand_dims(ids[0][0], -1)[keys]
+            if self.has_segments:
+                same_KL = key_ids_K1 == ids[1][:, queries]
+            else:
+                same_KL = key_ids_K1 != HIDDEN_KEY
             visible_KL = same_KL if visible_KL is None else visible_KL & same_KL
         return scores_KL if visible_KL is None else jnp.where(visible_KL, scores_KL, MASK_VALUE)
 
@@ -351,13 +379,17 @@ class _Call(NamedTuple):
           key_arrays: the same of (keys, H).
           dtype: of these arrays.
         """
-        seen = sum(
-            bool(self.sees(query_block, key_block))
-            for query_block in range(self.query_blocks)
-            for key_block in range(self.key_blocks)
+        count = lambda on_diagonal: sum(
+            math.prod(rows.stop - rows.start for rows in strip)
+            for strip in self.strips(on_diagonal)
         )
+        blocks = self.query_blocks
+        if self.causal:
+            pairs = blocks * count(True) + blocks * (blocks - 1) // 2 * count(False)
+        else:
+            pairs = blocks * self.key_blocks * count(False)
         heads = self.batch * self.heads
-        pairs = heads * seen * math.prod(self.blocks)
+        pairs *= heads
         rows = heads * (query_arrays * self.padded_queries + key_arrays * self.padded_keys)
         return pl.CostEstimate(
             flops=2 * matmuls * pairs * self.width,
