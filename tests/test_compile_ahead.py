@@ -128,15 +128,24 @@ def test_averages_and_documents_of_a_run_are_compiled_too():
     assert step.argument_bytes < 1.04 * (state + batch)
 
 
-@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-def test_the_kernels_with_the_most_queries_they_take_fit_into_vmem(topology):
+@pytest.mark.parametrize(
+    ("topology", "length", "heads"),
+    [
+        ("v4:2x2x1", 4096, 1),
+        ("v5e:2x2", 4096, 1),
+        ("v5p:2x2x1", 4096, 1),
+        ("v6e:2x2", 4096, 1),
+        ("v5e:2x2", 512, 2),
+    ],
+)
+def test_the_kernels_with_the_most_queries_they_take_fit_into_vmem(topology, length, heads):
     pytest.importorskip("libtpu", reason="compiling for TPUs needs `pip install libtpu`")
     mesh = make_mesh(MeshConfig(data=1), topology_devices(topology)[:1])
     place = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))
-    x_BLNH, pads_BL = place((1, 4096, 1, 128), "float32"), place((1, 4096), "bool")
-    ids_BL = place((1, 4096), "int32")
+    x_BLNH, pads_BL = place((1, length, heads, 128), "float32"), place((1, length), "bool")
+    ids_BL = place((1, length), "int32")
     config = SMALL.replace(num_channels=256)  # heads of 128
-    assert pallas.takes(config, num_queries=4096, has_segments=True)
+    assert pallas.takes(config, num_queries=length, has_segments=True)
 
     def loss(q, k, v, pads, ids):
         return pallas.attend(q, k, v, Visibility(pads, ids, ids, causal=True))[0].sum()

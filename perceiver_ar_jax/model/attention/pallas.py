@@ -10,7 +10,6 @@ Source: FlashAttention (arXiv 2205.14135), algorithms 1 and 4.
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -22,6 +21,7 @@ from perceiver_ar_jax.config import PerceiverARConfig
 from perceiver_ar_jax.model.attention.fused import fused
 from perceiver_ar_jax.model.attention.visibility import LEAST_SUM, MASK_VALUE, Visibility
 from perceiver_ar_jax.parallel import platform_in_use
+from perceiver_ar_jax.parallel.sharding import device_kind_in_use
 
 LANES = 128
 HIDDEN_KEY = -(2**31)  # the segment of keys that no query sees
@@ -57,21 +57,20 @@ def forward(
     arrays = call.queries_and_keys(q_BLNH, k_BKNH, v_BKNH) + call.ids(visibility)
     # Keys are the innermost loop: the sums over them stay in VMEM.
     specs = _Specs(call, query_axis=2, key_axis=3)
-    shape_BN = call.batch, call.heads
     out_BLD, lse_BN1L = pl.pallas_call(
         functools.partial(_forward_kernel, call=call),
         name="attention_forward",
-        grid=(*shape_BN, call.query_blocks, call.key_blocks),
+        grid=(*call.shape_BN, call.query_blocks, call.key_blocks),
         in_specs=[specs.queries, specs.keys, specs.keys, *specs.ids],
         out_specs=[specs.queries, specs.statistics],
         out_shape=[
             call.like_queries(q_BLNH.dtype),
-            jax.ShapeDtypeStruct((*shape_BN, 1, call.padded_queries), jnp.float32),
+            jax.ShapeDtypeStruct((call.batch, call.heads, 1, call.padded_queries), jnp.float32),
         ],
         scratch_shapes=[
-            pltpu.VMEM((1, call.blocks.queries), jnp.float32),
-            pltpu.VMEM((1, call.blocks.queries), jnp.float32),
-            pltpu.VMEM((call.width, call.blocks.queries), jnp.float32),
+            pltpu.VMEM((call.together, 1, call.blocks.queries), jnp.float32),
+            pltpu.VMEM((call.together, 1, call.blocks.queries), jnp.float32),
+            pltpu.VMEM((call.columns, call.blocks.queries), jnp.float32),
         ],
         compiler_params=_compiler_params("parallel", "arbitrary"),
         cost_estimate=call.cost(
@@ -105,11 +104,11 @@ def backward(
     arrays += call.ids(visibility)
     specs = _Specs(call, query_axis=3, key_axis=2)
     f32 = functools.partial(pltpu.VMEM, dtype=jnp.float32)
-    shape_KH = call.blocks.keys, call.width
+    shape_KD = call.blocks.keys, call.columns
     dq_BLD, dk_BKD, dv_BKD = pl.pallas_call(
         functools.partial(_backward_kernel, call=call),
         name="attention_backward",
-        grid=(call.batch, call.heads, call.key_blocks, call.query_blocks),
+        grid=(*call.shape_BN, call.key_blocks, call.query_blocks),
         in_specs=[
             specs.queries,
             specs.keys,
@@ -126,9 +125,9 @@ def backward(
             call.like_keys(v_BKNH.dtype),
         ],
         scratch_shapes=[
-            f32((call.query_blocks, call.width, call.blocks.queries)),
-            f32(shape_KH),
-            f32(shape_KH),
+            f32((call.query_blocks, call.columns, call.blocks.queries)),
+            f32(shape_KD),
+            f32(shape_KD),
         ],
         compiler_params=_compiler_params("arbitrary", "arbitrary"),
         cost_estimate=call.cost(
@@ -150,7 +149,7 @@ attend = fused(forward, backward)
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, *refs, call):
-    *ids, out_ref, lse_ref, max_ref, sum_ref, out_HL_ref = refs
+    *ids, out_ref, lse_ref, max_ref, sum_ref, out_DL_ref = refs
     query_block, key_block = pl.program_id(2), pl.program_id(3)
 
     @pl.when(key_block == 0)
@@ -158,76 +157,88 @@ def _forward_kernel(q_ref, k_ref, v_ref, *refs, call):
         # As `largest_visible`: a query that sees no key has exponentials of 0.
         max_ref[...] = jnp.full_like(max_ref, MASK_VALUE / 2)
         sum_ref[...] = jnp.zeros_like(sum_ref)
-        out_HL_ref[...] = jnp.zeros_like(out_HL_ref)
+        out_DL_ref[...] = jnp.zeros_like(out_DL_ref)
 
     def attend(on_diagonal):
         strips = call.strips(on_diagonal)
         # All scores first: the compiler keeps to the order, and so overlaps the strips' work.
         scores = [call.scores(q_ref, k_ref, ids, strip, on_diagonal) for strip in strips]
-        for (queries, keys), scores_KL in zip(strips, scores, strict=True):
-            max_1L = jnp.maximum(max_ref[:, queries], scores_KL.max(axis=0, keepdims=True))
-            shrink_1L = jnp.exp(max_ref[:, queries] - max_1L)
+        for (head, columns, queries, keys), scores_KL in zip(strips, scores, strict=True):
+            old_max_1L = max_ref[head, :, queries]
+            max_1L = jnp.maximum(old_max_1L, scores_KL.max(axis=0, keepdims=True))
+            shrink_1L = jnp.exp(old_max_1L - max_1L)
             exp_KL = jnp.exp(scores_KL - max_1L)
-            max_ref[:, queries] = max_1L
+            max_ref[head, :, queries] = max_1L
             sum_1L = exp_KL.sum(axis=0, keepdims=True)
-            sum_ref[:, queries] = shrink_1L * sum_ref[:, queries] + sum_1L
-            v_KH = v_ref[keys]
+            sum_ref[head, :, queries] = shrink_1L * sum_ref[head, :, queries] + sum_1L
+            v_KH = v_ref[keys, columns]
             out_HL = _dot(v_KH, exp_KL.astype(v_KH.dtype), BY_KEY)
-            out_HL_ref[:, queries] = shrink_1L * out_HL_ref[:, queries] + out_HL
+            out_DL_ref[columns, queries] = shrink_1L * out_DL_ref[columns, queries] + out_HL
 
     call.run_where_visible(attend, query_block, key_block)
 
     @pl.when(key_block == call.key_blocks - 1)
     def _():
-        sum_1L = jnp.maximum(sum_ref[...], LEAST_SUM)
-        out_ref[...] = (out_HL_ref[...] / sum_1L).T.astype(out_ref.dtype)
-        lse_ref[...] = max_ref[...] + jnp.log(sum_1L)
+        sum_N1L = jnp.maximum(sum_ref[...], LEAST_SUM)
+        lse_ref[...] = max_ref[...] + jnp.log(sum_N1L)
+        for head in range(call.together):
+            columns = call.columns_of(head)
+            out_LH = (out_DL_ref[columns] / sum_N1L[head]).T
+            out_ref[:, columns] = out_LH.astype(out_ref.dtype)
 
 
 def _backward_kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, sums_ref, *refs, call):
-    *ids, dq_ref, dk_ref, dv_ref, dq_XHL_ref, dk_KH_ref, dv_KH_ref = refs
+    *ids, dq_ref, dk_ref, dv_ref, dq_XDL_ref, dk_KD_ref, dv_KD_ref = refs
     key_block, query_block = pl.program_id(2), pl.program_id(3)
 
     @pl.when(query_block == 0)
     def _():
-        dk_KH_ref[...] = jnp.zeros_like(dk_KH_ref)
-        dv_KH_ref[...] = jnp.zeros_like(dv_KH_ref)
+        dk_KD_ref[...] = jnp.zeros_like(dk_KD_ref)
+        dv_KD_ref[...] = jnp.zeros_like(dv_KD_ref)
 
     @pl.when(key_block == 0)
     def _():
-        dq_XHL_ref[query_block] = jnp.zeros(dq_XHL_ref.shape[1:], jnp.float32)
+        dq_XDL_ref[query_block] = jnp.zeros(dq_XDL_ref.shape[1:], jnp.float32)
 
     def differentiate(on_diagonal):
         strips = call.strips(on_diagonal)
         products = [
             (
-                call.scores(q_ref, k_ref, ids, (queries, keys), on_diagonal),
-                _dot(v_ref[keys], dout_ref[queries], BY_CHANNEL),
+                call.scores(q_ref, k_ref, ids, strip, on_diagonal),
+                _dot(
+                    v_ref[strip.keys, strip.columns],
+                    dout_ref[strip.queries, strip.columns],
+                    BY_CHANNEL,
+                ),
             )
-            for queries, keys in strips
+            for strip in strips
         ]
-        for (queries, keys), (scores_KL, dweights_KL) in zip(strips, products, strict=True):
-            weights_KL = jnp.exp(scores_KL - lse_ref[:, queries])
-            q_LH, k_KH, dout_LH = q_ref[queries], k_ref[keys], dout_ref[queries]
-            dv_KH_ref[keys] += jnp.dot(
+        for strip, (scores_KL, dweights_KL) in zip(strips, products, strict=True):
+            head, columns, queries, keys = strip
+            weights_KL = jnp.exp(scores_KL - lse_ref[head, :, queries])
+            q_LH, dout_LH = q_ref[queries, columns], dout_ref[queries, columns]
+            dv_KD_ref[keys, columns] += jnp.dot(
                 weights_KL.astype(dout_LH.dtype), dout_LH, preferred_element_type=jnp.float32
             )
-            dscores_KL = (weights_KL * (dweights_KL - sums_ref[:, queries])).astype(q_LH.dtype)
-            dk_KH_ref[keys] += jnp.dot(dscores_KL, q_LH, preferred_element_type=jnp.float32)
-            dq_XHL_ref[query_block, :, queries] += _dot(k_KH, dscores_KL, BY_KEY)
+            dscores_KL = weights_KL * (dweights_KL - sums_ref[head, :, queries])
+            dscores_KL = dscores_KL.astype(q_LH.dtype)
+            dk_KH = jnp.dot(dscores_KL, q_LH, preferred_element_type=jnp.float32)
+            dk_KD_ref[keys, columns] += dk_KH
+            dq_HL = _dot(k_ref[keys, columns], dscores_KL, BY_KEY)
+            dq_XDL_ref[query_block, columns, queries] += dq_HL
 
     call.run_where_visible(differentiate, query_block, key_block)
 
     @pl.when(query_block == call.query_blocks - 1)
     def _():
-        dk_ref[...] = dk_KH_ref[...].astype(dk_ref.dtype)
-        dv_ref[...] = dv_KH_ref[...].astype(dv_ref.dtype)
+        dk_ref[...] = dk_KD_ref[...].astype(dk_ref.dtype)
+        dv_ref[...] = dv_KD_ref[...].astype(dv_ref.dtype)
 
     @pl.when(key_block == call.key_blocks - 1)
     def _():
         size = call.blocks.queries
         rows = pl.ds(pl.multiple_of(query_block * size, size), size)
-        dq_ref[rows, :] = dq_XHL_ref[query_block].T.astype(dq_ref.dtype)
+        dq_ref[rows, :] = dq_XDL_ref[query_block].T.astype(dq_ref.dtype)
 
 
 class _Call(NamedTuple):
@@ -242,6 +253,7 @@ class _Call(NamedTuple):
     num_queries: int
     num_keys: int
     head_width: int
+    together: int  # heads of one turn of the grid
     blocks: Blocks
     causal: bool
     has_hidden_keys: bool
@@ -261,6 +273,7 @@ class _Call(NamedTuple):
             num_queries,
             num_keys,
             head_width,
+            2 if _pairs_heads(heads, head_width, num_queries) else 1,
             blocks,
             visibility.causal,
             # The causal mask hides the keys that pad the last block.
@@ -273,6 +286,18 @@ class _Call(NamedTuple):
     @property
     def width(self):
         return _round_up(self.head_width, LANES)
+
+    @property
+    def columns(self):
+        return self.together * self.width
+
+    @property
+    def shape_BN(self):
+        return self.batch, self.heads // self.together
+
+    def columns_of(self, head):
+        """Of those heads that one turn of the grid takes."""
+        return slice(head * self.width, (head + 1) * self.width)
 
     @property
     def padded_queries(self):
@@ -343,19 +368,26 @@ class _Call(NamedTuple):
         pl.when(key_block == query_block)(functools.partial(function, True))
 
     def strips(self, on_diagonal):
-        """Slices of a block's queries, and of the keys that causality lets them see.
+        """A block of queries of each head, with the keys that causality lets it see.
 
         Strips of 128 queries leave out 6 of the 16 tiles of a block of 512 on the diagonal.
         """
-        if not on_diagonal:
-            return [(slice(0, self.blocks.queries), slice(0, self.blocks.keys))]
-        starts = range(0, self.blocks.queries, LANES)
-        return [(slice(start, start + LANES), slice(0, start + LANES)) for start in starts]
+        size = LANES if on_diagonal else self.blocks.queries
+        return [
+            _Strip(
+                head,
+                self.columns_of(head),
+                slice(start, start + size),
+                slice(0, start + size if on_diagonal else self.blocks.keys),
+            )
+            for head in range(self.together)
+            for start in range(0, self.blocks.queries, size)
+        ]
 
     def scores(self, q_ref, k_ref, ids, strip, on_diagonal):
         """Scores of a strip, MASK_VALUE at keys that are hidden."""
-        queries, keys = strip
-        scores_KL = _dot(k_ref[keys], q_ref[queries], BY_CHANNEL)
+        _, columns, queries, keys = strip
+        scores_KL = _dot(k_ref[keys, columns], q_ref[queries, columns], BY_CHANNEL)
         visible_KL = None
         if on_diagonal:
             query_KL = queries.start + jax.lax.broadcasted_iota(jnp.int32, scores_KL.shape, 1)
@@ -380,7 +412,7 @@ class _Call(NamedTuple):
           dtype: of these arrays.
         """
         count = lambda on_diagonal: sum(
-            math.prod(rows.stop - rows.start for rows in strip)
+            strip.keys.stop * (strip.queries.stop - strip.queries.start)
             for strip in self.strips(on_diagonal)
         )
         blocks = self.query_blocks
@@ -389,7 +421,7 @@ class _Call(NamedTuple):
         else:
             pairs = blocks * self.key_blocks * count(False)
         heads = self.batch * self.heads
-        pairs *= heads
+        pairs *= heads // self.together
         rows = heads * (query_arrays * self.padded_queries + key_arrays * self.padded_keys)
         return pl.CostEstimate(
             flops=2 * matmuls * pairs * self.width,
@@ -398,11 +430,20 @@ class _Call(NamedTuple):
         )
 
 
+class _Strip(NamedTuple):
+    """Queries of one head and the keys that they see, within a block."""
+
+    head: int
+    columns: slice  # the head's
+    queries: slice
+    keys: slice
+
+
 class _Specs:
-    """Blocks of the arrays of a call whose grid is (B, N, ·, ·)."""
+    """Blocks of the arrays of a call whose grid is (B, N or half of it, ·, ·)."""
 
     def __init__(self, call, *, query_axis, key_axis):
-        size, width = call.blocks, call.width
+        size, width = call.blocks, call.columns
         queries = lambda *grid: (grid[0], grid[query_axis], grid[1])
         keys = lambda *grid: (grid[0], grid[key_axis], grid[1])
         self.queries = pl.BlockSpec((None, size.queries, width), queries)
@@ -411,7 +452,8 @@ class _Specs:
             (None, call.padded_queries, width), lambda b, n, *_: (b, 0, n)
         )
         self.statistics = pl.BlockSpec(
-            (None, None, 1, size.queries), lambda *grid: (grid[0], grid[1], 0, grid[query_axis])
+            (None, call.together, 1, size.queries),
+            lambda *grid: (grid[0], grid[1], 0, grid[query_axis]),
         )
         self.ids = []
         if call.has_hidden_keys or call.has_segments:
@@ -422,6 +464,15 @@ class _Specs:
             self.ids.append(
                 pl.BlockSpec((None, 1, size.queries), lambda *grid: (grid[0], 0, grid[query_axis]))
             )
+
+
+def _pairs_heads(heads, head_width, num_queries):
+    """Whether a turn of the grid takes two heads: one's matmuls overlap the other's exponentials.
+
+    The limit of queries is for VMEM; v4 alone would need more cycles (docs/performance.md).
+    """
+    fits = num_queries <= 512 and head_width <= LANES
+    return heads % 2 == 0 and fits and device_kind_in_use() != "TPU v4"
 
 
 def _block(length, largest):
