@@ -221,7 +221,8 @@ def test_bad_usage_is_one_line_and_exit_code_2(options, complaint):
 def test_bundles_of_kernels_are_counted_on_each_core_of_a_chip(tmp_path):
     pytest.importorskip("libtpu", reason="compiling for TPUs needs `pip install libtpu`")
     command = [sys.executable, "tools/compile_kernels.py", "--config=configs/tiny.py"]
-    command += ["--topology=v5p:2x2x1", f"--json={tmp_path / 'figures.json'}"]
+    command += ["--topology=v5p:2x2x1", "--config.batch_size=32"]
+    command += [f"--json={tmp_path / 'figures.json'}"]
     # A process of its own: libtpu reads where to dump when it is loaded.
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
     kernels = json.loads((tmp_path / "figures.json").read_text())
@@ -234,7 +235,7 @@ def test_bundles_of_kernels_are_counted_on_each_core_of_a_chip(tmp_path):
         "backward, prefix": prefix,
     }
     for kernel in kernels:
-        assert kernel["turns"] == 8 // 4 * 2 // 2  # rows of a device, heads; two cores
+        assert kernel["turns"] == 32 // 4 // 2  # rows of a device, both heads at once; two cores
         assert 0 < kernel["matmul_share"] < 1
         assert kernel["bundles_per_turn"] > kernel["bundles_outside"] > 0
 

@@ -154,7 +154,8 @@ def _bundles(folder):
     matmul = units.split(", ").index("MATMUL")
     in_use = [int(row.split()[matmul]) for row in rows]
     in_loop = [used for used, bundle in zip(in_use, bundles, strict=True) if bundle[1]]
-    share = sum(in_loop) / len(in_loop) / int(capacity.split()[matmul])
+    # A single turn is not a loop.
+    share = sum(in_loop) / max(1, len(in_loop)) / int(capacity.split()[matmul])
     return len(in_use) - len(in_loop), len(in_loop), share
 
 
