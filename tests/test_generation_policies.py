@@ -64,7 +64,7 @@ def full_passes(abs_pos_emb, prompt, num_latents, refill, layers=2):
 @pytest.fixture(params=[None, 1, 3], ids=["plain", "lookup 1", "lookup 3"])
 def lookup(request, monkeypatch):
     """Options with and without prompt lookup, which guesses at every token that occurred before."""
-    eager = functools.partial(PromptLookup, matched=1)
+    eager = functools.partial(PromptLookup, threshold=1e-6)
     monkeypatch.setattr("perceiver_ar_jax.generation.options.PromptLookup", eager)
     return {"prompt_lookup_num_tokens": request.param}
 

@@ -1,11 +1,14 @@
 """Prompt lookup: the same texts in fewer passes."""
 
 import functools
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 from small_models import random_params, small_config
 
 from perceiver_ar_jax import PerceiverAR, generate
@@ -29,65 +32,96 @@ def small_model():
 
 
 @pytest.mark.parametrize(
-    ("text", "pads", "expected"),
+    ("text", "pads", "matched", "expected"),
     [
-        ([5, 6, 7, 1, 2, 9, 5, 6, 7], 0, [1, 2, 9, 5]),
-        ([5, 6, 7, 1, 5, 6, 7, 2, 5, 6, 7], 0, [2, 5, 6, 7]),  # the newest occurrence
-        ([4, 8, 3, 8, 3, 8], 0, [3, 8, 3, 8]),  # beyond the end of the text
-        ([9, 9, 9, 9], 0, [9, 9, 9, 9]),
-        ([5, 6, 7, 1, 6, 7], 0, None),  # two tokens are too few
-        ([0, 0, 1, 0, 0, 1], 1, None),  # pads match nothing
-        ([0, 0, 1, 0, 0, 1], 0, [0, 0, 1, 0]),
-        ([1, 2], 0, None),
+        ([5, 6, 7, 1, 2, 9, 5, 6, 7], 0, 3, [1, 2, 9, 5]),
+        ([5, 6, 7, 1, 5, 6, 7, 2, 5, 6, 7], 0, 3, [2, 5, 6, 7]),  # the newest occurrence
+        ([5, 6, 7, 1, 9, 6, 7, 2, 5, 6, 7], 0, 3, [1, 9, 6, 7]),  # but rather the longest
+        ([4, 8, 3, 8, 3, 8], 0, 3, [3, 8, 3, 8]),  # beyond the end of the text
+        ([9, 9, 9, 9], 0, 3, [9, 9, 9, 9]),
+        ([*range(10, 22), 5, *range(10, 22)], 0, 8, [5, 10, 11, 12]),
+        ([0, 0, 1, 0, 0, 1], 1, 2, [0, 0, 1, 0]),  # pads match nothing
+        ([0, 0, 1, 0, 0, 1], 0, 3, [0, 0, 1, 0]),
+        ([1, 2], 0, 0, None),
     ],
 )
-def test_a_guess_is_what_followed_the_last_tokens(text, pads, expected):
+def test_a_guess_is_what_followed_the_last_tokens(text, pads, matched, expected):
     room = [text + [7] * 5]
-    guess, found = look_up(
-        jnp.array(room), jnp.int32(len(text)), jnp.array([pads]), matched=3, num_tokens=4
-    )
-    assert found.tolist() == [expected is not None]
+    guess, found = look_up(jnp.array(room), jnp.int32(len(text)), jnp.array([pads]), num_tokens=4)
+    assert found.tolist() == [matched]
     if expected:
         assert guess.tolist() == [expected]
 
 
-def passes_and_tokens(next_token, start, count):
-    """How often the model is asked for `count` tokens, each a function of the one before."""
+@struct.dataclass
+class Given:
+    """Takes the tokens of a text, whatever the logits are."""
+
+    text_T: jax.Array
+
+    def __call__(self, logits_BV, count):
+        return self.text_T[count][None]
+
+
+class Passes(NamedTuple):
+    """How often the model was asked for a token, and for several."""
+
+    single: int
+    several: int
+
+
+def passes_and_tokens(next_token, start, count, choose=None):
+    """The passes for `count` tokens, each a function of the one before or chosen so."""
     table = jax.nn.one_hot(jnp.asarray(next_token), len(next_token))
     decoder = Decoder(
-        step=lambda tokens_R, state: (table[tokens_R], state + 1),
+        step=lambda tokens_R, passes: (table[tokens_R], passes._replace(single=passes.single + 1)),
         head=lambda hidden: hidden,
-        read_ahead=lambda tokens_RT, state: (table[tokens_RT], jnp.int32(5), state + 1),
-        keep=lambda tokens_RT, count, state: state,
+        read_ahead=lambda tokens_RT, passes: (
+            table[tokens_RT],
+            jnp.int32(5),
+            passes._replace(several=passes.several + 1),
+        ),
+        keep=lambda tokens_RT, count, passes: passes,
     )
     pads_B = jnp.zeros(len(start), jnp.int32)
     cache = Cache(LayerCache(None, None), (), pads_B, jnp.int32(0), jnp.int32(1))
     prompt_BS = jnp.array(start)[:, None]
     context = Context(prompt_BS, table[prompt_BS], cache)
     ending = Ending(jnp.array([-1]), jnp.int32(0))
-    method = PromptLookup(TokenByToken(Greedy()), tokens_ahead=4)
-    progress = method.begin(decoder, context, jnp.int32(0), ending=ending, max_new_tokens=64)
+    method = PromptLookup(TokenByToken(choose or Greedy()), tokens_ahead=4)
+    none = Passes(jnp.int32(0), jnp.int32(0))
+    progress = method.begin(decoder, context, none, ending=ending, max_new_tokens=64)
     progress = continue_until(decoder, method, progress, ending, jnp.int32(count))
-    return int(progress.state), progress.texts.tokens_RT[:, :count].tolist()
+    return Passes(*map(int, progress.state)), progress.texts.tokens_RT[:, :count].tolist()
 
 
 def test_a_text_that_repeats_itself_takes_few_passes():
     passes, (text,) = passes_and_tokens([1, 2, 3, 4, 5, 0], [0], count=50)
     assert text == [(1 + i) % 6 for i in range(50)]
-    assert passes == 7 + 9  # until three tokens have occurred before, then five tokens at a time
+    assert passes == (5, 9)  # until a token has occurred before, then five tokens at a time
 
 
-def test_rows_guess_once_all_of_them_can():
+def test_rows_guess_once_all_of_them_have_been_right():
     passes, texts = passes_and_tokens([1, 2, 0, 4, 5, 6, 7, 3], [0, 3], count=50)
     assert texts[0] == [(1 + i) % 3 for i in range(50)]
     assert texts[1] == [3 + (1 + i) % 5 for i in range(50)]
-    assert passes == 6 + 9  # as the second row alone
+    assert 4 < passes.single < 20 and passes.several == math.ceil((49 - passes.single) / 5)
 
 
 def test_a_text_that_never_repeats_itself_takes_a_pass_per_token():
     passes, (text,) = passes_and_tokens([*range(1, 60), 59], [0], count=50)
     assert text == [*range(1, 51)]
-    assert passes == 49  # the first token comes with the prompt
+    assert passes == (49, 0)  # the first token comes with the prompt
+
+
+def test_matches_that_mislead_are_not_followed_until_they_are_right():
+    misleading = [token for new in range(1, 17) for token in (0, new)]  # what follows 0 is new
+    text = jnp.array([*misleading, *[20, 21, 22] * 11])
+    passes, _ = passes_and_tokens([0] * 32, [31], count=32, choose=Given(text))
+    assert passes == (30, 1)
+    passes, (tokens,) = passes_and_tokens([0] * 32, [31], count=64, choose=Given(text))
+    assert tokens == text[:64].tolist()
+    assert passes.several > 4 and passes.single + passes.several < 48
 
 
 @pytest.mark.parametrize(
