@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from decoding import MODELS
 from flax import struct
 from processor import conditions
@@ -52,8 +53,8 @@ class Given:
 class Excerpt(NamedTuple):
     """Two parts of a text, as tokens."""
 
-    prompt: list[int]
-    continuation: list[int]
+    prompt: tuple[int, ...]
+    continuation: tuple[int, ...]
 
     def method(self, ahead: int) -> TokenByToken | PromptLookup:
         """What writes the continuation, guessing so many tokens."""
@@ -77,6 +78,9 @@ def main() -> None:
     """Prints an object for each text."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="UTF-8 files")
+    parser.add_argument(
+        "--quote", action="store_true", help="continue with the prompt, '> ' before each line"
+    )
     parser.add_argument("--model", choices=MODELS, default="bytes_small")
     parser.add_argument("--tokenizer", default="bytes", help="what load_tokenizer reads")
     parser.add_argument("--weights", nargs="+", default=["raw", "int8"])
@@ -89,10 +93,14 @@ def main() -> None:
     tokenizer = load_tokenizer(args.tokenizer, vocab_size=config.vocab_size)
     params = jax.jit(init_params, static_argnums=0)(PerceiverAR(config), jax.random.key(0))
     for path in args.text:
-        ids = tokenizer.encode(path.read_text())[: args.prompt + args.new]
-        if len(ids) < args.prompt + args.new:
-            parser.error(f"{path} has {len(ids)} tokens of {args.prompt + args.new}")
-        excerpt = Excerpt(ids[: args.prompt], ids[args.prompt :])
+        text = path.read_text()
+        prompt, rest = np.split(tokenizer.encode(text), [args.prompt])
+        if args.quote:
+            lines = text.splitlines(keepends=True)
+            rest = tokenizer.encode("".join("> " + line for line in lines))
+        if len(rest) < args.new:
+            parser.error(f"{path} has no {args.new} tokens after {args.prompt}")
+        excerpt = Excerpt(tuple(map(int, prompt)), tuple(rest[: args.new]))
         print(json.dumps(measured(excerpt, PerceiverAR(config), params, path, args)), flush=True)
 
 

@@ -69,11 +69,15 @@ SHORT_RUNS = {
     "decoding_four_rows": ShortRun(
         "decoding.py --weights raw float32 int8 --batch 4 --prompt 64 --new 33", WEIGHTS
     ),
-    "prompt_lookup_greedy": ShortRun(
-        "decoding.py --model tiny --prompt_lookup 0 6 --num_latents 4 --new 65", LOOKUP
+    "prompt_lookup": ShortRun(
+        "prompt_lookup.py --text {data}/wikitext2/wiki.valid.raw"
+        " --prompt 1024 --new 129 --rounds 1",
+        (("tokens_per_pass/6", "speed ratio"), *LOOKUP),
     ),
-    "prompt_lookup_sampled": ShortRun(
-        "decoding.py --model tiny --prompt_lookup 0 6 --num_latents 4 --new 65 --sample", LOOKUP
+    "prompt_lookup_quotation": ShortRun(
+        "prompt_lookup.py --quote --text {data}/books/9198-complete-angler.txt"
+        " --prompt 1024 --new 129 --rounds 1",
+        (("tokens_per_pass/6", "speed ratio"), *LOOKUP),
     ),
     "tokenizing": ShortRun(
         "tokenizing.py {data}/c4/*.jsonl --tokenizer {data}/xlnet/spiece.model",
