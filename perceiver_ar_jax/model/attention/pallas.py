@@ -39,7 +39,7 @@ class Blocks(NamedTuple):
 
 
 # The largest blocks of each pass; an array that is shorter is one block. A (keys, queries) tile of
-# float32 scores takes 4 bytes per pair, of which the backward pass holds about four.
+# float32 scores takes 4 bytes per pair; the backward pass holds about four of each head in a turn.
 FORWARD_BLOCKS = Blocks(512, 1024)
 BACKWARD_BLOCKS = Blocks(512, 512)
 
