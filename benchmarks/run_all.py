@@ -70,13 +70,13 @@ SHORT_RUNS = {
         "decoding.py --weights raw float32 int8 --batch 4 --prompt 64 --new 33", WEIGHTS
     ),
     "prompt_lookup": ShortRun(
-        "prompt_lookup.py --text {data}/wikitext2/wiki.valid.raw"
-        " --prompt 1024 --new 129 --rounds 1",
+        "prompt_lookup.py --model tiny --text {data}/wikitext2/wiki.valid.raw"
+        " --prompt 768 --new 129",
         (("tokens_per_pass/6", "speed ratio"), *LOOKUP),
     ),
     "prompt_lookup_quotation": ShortRun(
-        "prompt_lookup.py --quote --text {data}/books/9198-complete-angler.txt"
-        " --prompt 1024 --new 129 --rounds 1",
+        "prompt_lookup.py --model tiny --quote --text {data}/books/9198-complete-angler.txt"
+        " --prompt 768 --new 129",
         (("tokens_per_pass/6", "speed ratio"), *LOOKUP),
     ),
     "tokenizing": ShortRun(

@@ -74,6 +74,8 @@ def compile_and_print() -> int:
     if not config.data.source and not config.data.get("text"):
         config.data.source = "none"  # no data is read
     run = RunConfig.from_config(config)
+    if TOPOLOGY.value.startswith("gpu"):
+        raise ValueError(f"--topology={TOPOLOGY.value}: the kernels are for TPUs")
     os.environ |= WITHOUT_A_TPU
     with tempfile.TemporaryDirectory() as folder:
         # libtpu reads this once, when it is loaded.
