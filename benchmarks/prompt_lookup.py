@@ -13,17 +13,14 @@ import argparse
 import dataclasses
 import itertools
 import json
-import statistics
 from pathlib import Path
 from typing import NamedTuple
 
+import decoding
 import jax
 import jax.numpy as jnp
 import numpy as np
-from decoding import MODELS
 from flax import struct
-from processor import conditions
-from timing import CLOCK, ratios, timed
 
 from perceiver_ar_jax import PerceiverAR
 from perceiver_ar_jax.generation import prefill
@@ -53,8 +50,8 @@ class Given:
 class Excerpt(NamedTuple):
     """Two parts of a text, as tokens."""
 
-    prompt: tuple[int, ...]
-    continuation: tuple[int, ...]
+    prompt: np.ndarray
+    continuation: np.ndarray
 
     def method(self, ahead: int) -> TokenByToken | PromptLookup:
         """What writes the continuation, guessing so many tokens."""
@@ -64,13 +61,13 @@ class Excerpt(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class GivenText(Options):
-    """Options that have a method of their own."""
+    """Options whose method is given."""
 
     given: TokenByToken | PromptLookup | None = None
 
     @property
     def method(self) -> TokenByToken | PromptLookup:
-        """It."""
+        """What appends tokens."""
         return self.given
 
 
@@ -81,7 +78,7 @@ def main() -> None:
     parser.add_argument(
         "--quote", action="store_true", help="continue with the prompt, '> ' before each line"
     )
-    parser.add_argument("--model", choices=MODELS, default="bytes_small")
+    parser.add_argument("--model", choices=decoding.MODELS, default="bytes_small")
     parser.add_argument("--tokenizer", default="bytes", help="what load_tokenizer reads")
     parser.add_argument("--weights", nargs="+", default=["raw", "int8"])
     parser.add_argument("--ahead", type=int, nargs="+", default=[0, 6])
@@ -89,7 +86,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    config = MODELS[args.model]
+    config = decoding.MODELS[args.model]
     tokenizer = load_tokenizer(args.tokenizer, vocab_size=config.vocab_size)
     params = jax.jit(init_params, static_argnums=0)(PerceiverAR(config), jax.random.key(0))
     for path in args.text:
@@ -100,44 +97,23 @@ def main() -> None:
             rest = tokenizer.encode("".join("> " + line for line in lines))
         if len(rest) < args.new:
             parser.error(f"{path} has no {args.new} tokens after {args.prompt}")
-        excerpt = Excerpt(tuple(map(int, prompt)), tuple(rest[: args.new]))
-        print(json.dumps(measured(excerpt, PerceiverAR(config), params, path, args)), flush=True)
+        excerpt = Excerpt(prompt, np.array(rest[: args.new]))
+        print(json.dumps(compared(excerpt, PerceiverAR(config), params, path, args)), flush=True)
 
 
-def measured(excerpt, model, params, path, args):
+def compared(excerpt, model, params, path, args):
     runs = {}
     for weights, ahead in itertools.product(args.weights, args.ahead):
         prepared = params if weights == "raw" else prepare_for_decoding(params, weights)
         name = f"{weights} lookup {ahead}" if ahead else weights
         runs[name] = run_of(excerpt, model, prepared, ahead)
-    seconds = {name: [] for name in runs}
-    for run in runs.values():
-        run(args.new), run(1)
-    for _ in range(args.rounds):
-        for name, run in runs.items():
-            first = timed(run, 1)
-            seconds[name].append(timed(run, args.new) - first)
-    base = seconds[next(iter(runs))]
-    return {
-        **vars(args),
-        "text": path.name,
-        **conditions(),
-        "clock": CLOCK.__name__,
-        "tokens_per_pass": {
-            ahead: round((args.new - 1) / passes(excerpt, ahead), 2) for ahead in args.ahead
-        },
-        "tokens_per_sec": {
-            name: round((args.new - 1) / min(times), 1) for name, times in seconds.items()
-        },
-        "ratio": {
-            name: round(statistics.median(ratios(base, times)), 2)
-            for name, times in seconds.items()
-        },
-    }
+    per_pass = {x: round((args.new - 1) / passes(excerpt, x), 2) for x in args.ahead}
+    result = {**vars(args), "text": path.name, "tokens_per_pass": per_pass}
+    return result | decoding.measured(runs, 1, args)
 
 
 def run_of(excerpt, model, params, ahead):
-    read = prefill(model, params, [excerpt.prompt])
+    read = prefill(model, params, excerpt.prompt[None])
     options = GivenText(
         max_new_tokens=len(excerpt.continuation),
         prompt_lookup_num_tokens=ahead or None,
@@ -166,7 +142,7 @@ def passes(excerpt, ahead):
     )
     no_pads = jnp.zeros(1, jnp.int32)
     cache = Cache.of_prompt(LayerCache(no_pads, no_pads), (), no_pads, 0)
-    prompt_BS = jnp.array([excerpt.prompt])
+    prompt_BS = jnp.array(excerpt.prompt[None])
     context = Context(prompt_BS, jnp.zeros((1, 1, 1)), cache)
     method, ending = excerpt.method(ahead), Ending(jnp.array([-1]), jnp.int32(0))
     new = len(excerpt.continuation)

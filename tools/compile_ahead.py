@@ -25,13 +25,13 @@ from compiled_step import (
     CompiledStep,
     DoesNotFitError,
     compile_step,
+    run_without_data,
     topology_devices,
 )
 from ml_collections import config_flags
 
 from perceiver_ar_jax.command_line import exit_code
 from perceiver_ar_jax.parallel import MeshConfig
-from perceiver_ar_jax.run_config import RunConfig
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config().")
 TOPOLOGY = flags.DEFINE_string("topology", None, "Such as v5e:16x16, 2xv5e:16x16, gpu:1x1x8.")
@@ -60,10 +60,7 @@ def main(argv: list[str]) -> int:
 
 def compile_and_print() -> int:
     """0 if the step fits into the memory of the devices, 1 if not."""
-    config = CONFIG.value
-    if not config.data.source and not config.data.get("text"):
-        config.data.source = "none"  # no data is read
-    run = RunConfig.from_config(config)
+    run = run_without_data(CONFIG.value)
     if MESH.value:
         run = dataclasses.replace(run, mesh=mesh_of(MESH.value))
     os.environ |= WITHOUT_A_TPU

@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # config files imp
 import jax
 import jax.numpy as jnp
 from absl import app, flags
-from compiled_step import WITHOUT_A_TPU, topology_devices
+from compiled_step import WITHOUT_A_TPU, run_without_data, topology_devices
 from ml_collections import config_flags
 from xla_dump import Kernel
 
@@ -70,10 +70,7 @@ def main(argv: list[str]) -> int:
 
 def compile_and_print() -> int:
     """A line for each kernel."""
-    config = CONFIG.value
-    if not config.data.source and not config.data.get("text"):
-        config.data.source = "none"  # no data is read
-    run = RunConfig.from_config(config)
+    run = run_without_data(CONFIG.value)
     if TOPOLOGY.value.startswith("gpu"):
         raise ValueError(f"--topology={TOPOLOGY.value}: the kernels are for TPUs")
     os.environ |= WITHOUT_A_TPU

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 from jax.experimental import topologies
+from ml_collections import ConfigDict
 from xla_dump import Collective, Kernel, Program
 
 from perceiver_ar_jax.lowering import lower_train_step
@@ -74,6 +75,13 @@ class CompiledStep:
             return None
         seconds = self.cycles / self.chip.clock_hz + self.kernel_seconds
         return self.model_flops / self.num_devices / self.chip.peak_flops / seconds
+
+
+def run_without_data(config: ConfigDict) -> RunConfig:
+    """The run that a config describes, for tools that read no data: it need not name any."""
+    if not config.data.source and not config.data.get("text"):
+        config.data.source = "none"
+    return RunConfig.from_config(config)
 
 
 def topology_devices(topology: str, gpu_description: Path | None = None) -> list:
