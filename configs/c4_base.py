@@ -7,7 +7,7 @@ Command:   python train.py --config=configs/c4_base.py --workdir=gs://BUCKET/c4_
              --config.data.tokenizer=spiece.model      (on every host of the pod)
 Hardware:  256 TPU chips; fsdp takes up to 16 devices, data parallelism the rest, so that the same
            command starts on 1, 4, 8, 16 or 256. For a box of 8 GPUs: --config.microbatches=4
-Memory:    4.2 GiB per chip on 256 v5e, 10.5 on 128 v4, 18.8 on 64 v5p, 30.2 on each of 8 H100, by
+Memory:    4.2 GiB per chip on 256 v5e, 12.2 on 128 v4, 18.7 on 64 v5p, 30.2 on each of 8 H100, by
            tools/compile_ahead.py; docs/tpu_pods.md and docs/gpu.md have the tables
            (v6e: --config.microbatches=4 is faster, docs/performance.md)
 Expected:  validation loss 2.820 nats per token after 50,000 steps (perceiver-io's published

@@ -3,7 +3,7 @@
 Command:   python train.py --config=configs/c4_base_v6e.py --workdir=gs://BUCKET/c4_base_v6e
              with data and tokenizer as for c4_base
 Hardware:  64 TPU v6e chips
-Memory:    6.7 GiB per chip, by tools/compile_ahead.py --topology=v6e:8x8
+Memory:    7.5 GiB per chip, by tools/compile_ahead.py --topology=v6e:8x8
 Expected:  not yet run; no figure is published for it
 
 As c4_base, but 5 heads of 256 channels instead of 10 of 128: as many parameters, other weights, so
